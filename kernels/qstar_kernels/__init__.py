@@ -1,0 +1,17 @@
+"""Operators for thought tokens, for any PyTorch project.
+
+Thought attention (every thought token sees its own prefix of the text and its own earlier thought
+tokens), the interpolation of the mixing head, and the language-model head (log-probabilities and
+sampling) without ever holding all logits. Each op takes ``backend="auto" | "reference" | "torch"``.
+"""
+
+from qstar_kernels.lm_head import linear_log_prob, mix_hidden, sample_linear
+from qstar_kernels.thought_attention import thought_attention, thought_attention_step
+
+__all__ = [
+    "linear_log_prob",
+    "mix_hidden",
+    "sample_linear",
+    "thought_attention",
+    "thought_attention_step",
+]
