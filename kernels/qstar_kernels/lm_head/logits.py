@@ -1,0 +1,135 @@
+"""Logits of a language-model head, one chunk of rows at a time.
+
+    y = softcap(logit_scale (h W^T + bias)) / temperature        softcap(x) = cap tanh(x / cap)
+
+with the forbidden columns at -inf. ``E`` is the width, ``V`` the vocabulary, ``R`` the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qstar_kernels.arguments import check_alike, check_number, check_tensor
+
+CPU_CHUNK_ELEMENTS = 2**24  # 64 MB in fp32: at V = 50k still 340 rows, below which the products slow down
+GPU_CHUNK_ELEMENTS = 2**29  # 2 GB in fp32: 4096 rows at V = 128k, enough to amortise adding to dW
+
+
+class LogitMap(NamedTuple):
+    """What happens to a logit between the product and the softmax."""
+
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+
+
+def accumulator_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Compute in the dtypes given, whatever the caller's autocast says."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def as_operand(tensor: Tensor) -> Tensor:
+    """A factor of a product: GPUs accumulate 16-bit factors in fp32, CPU libraries would round the result."""
+    return tensor if tensor.is_cuda else tensor.to(accumulator_dtype(tensor))
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """``out = beta out + alpha a b`` in place, accumulated in the dtype of ``out``."""
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b, beta=beta, alpha=alpha)
+    return torch.addmm(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
+
+
+def logit_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    forbidden: Tensor | None,
+    rows: Tensor,
+    logit_map: LogitMap,
+    *,
+    column_multiple: int = 1,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield ``(rows, hidden[rows], y)`` by chunks of ``rows``; every ``y`` lives in the same buffer.
+
+    ``weight`` has been through :func:`as_operand`. ``y`` has V columns rounded up to ``column_multiple``, the extra ones
+    at -inf, and may be overwritten.
+    """
+    temperature, logit_scale, softcap = logit_map
+    vocabulary = weight.shape[0]
+    limit = GPU_CHUNK_ELEMENTS if weight.is_cuda else CPU_CHUNK_ELEMENTS
+    height = max(1, limit // vocabulary)
+    width = -(-vocabulary // column_multiple) * column_multiple
+    buffer = hidden.new_empty(min(height, len(rows)), width, dtype=accumulator_dtype(hidden))
+    gain = logit_scale / (temperature if softcap is None else softcap)
+
+    for chunk in rows.split(height):
+        factors = as_operand(hidden[chunk])
+        y = buffer[: len(chunk)]
+        logits = y[:, :vocabulary]
+        if bias is None:
+            add_product(logits, factors, weight.T, alpha=gain, beta=0.0)
+        else:
+            add_product(logits.copy_(bias), factors, weight.T, alpha=gain, beta=gain)
+        if softcap is not None:
+            logits.tanh_().mul_(softcap / temperature)
+        y[:, vocabulary:] = -torch.inf
+        if forbidden is not None:
+            y.index_fill_(1, forbidden, -torch.inf)
+        yield chunk, factors, y
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    forbidden: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    """Check everything that can be checked without waiting for the device."""
+    check_tensor("hidden", hidden, "[R, E]", (None, None))
+    check_tensor("weight", weight, "[V, E]", (None, hidden.shape[1]))
+    check_alike("weight", weight, "hidden", hidden)
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}, but it must be [V, E] with V at least 1")
+    if bias is not None:
+        check_tensor("bias", bias, "[V]", (weight.shape[0],))
+        check_alike("bias", bias, "hidden", hidden)
+    if forbidden is not None:
+        check_tensor("forbidden", forbidden, "[F]", (None,), (torch.int64,))
+        check_alike("forbidden", forbidden, "hidden", hidden, dtype=False)
+    check_number("logit_scale", logit_scale)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0.0)
+
+
+def check_ids(vocabulary: int, forbidden: Tensor | None, targets: Tensor | None = None, ignore_index: int = -100) -> None:
+    """Check token ids; the device is waited for once."""
+
+    def outside(ids: Tensor) -> Tensor:
+        return (ids < 0) | (ids >= vocabulary)
+
+    faults = []
+    if targets is not None:
+        scored = targets != ignore_index
+        faults.append(("targets", targets, scored & outside(targets), f"in [0, {vocabulary}) or {ignore_index}"))
+    if forbidden is not None:
+        faults.append(("forbidden", forbidden, outside(forbidden), f"in [0, {vocabulary})"))
+        if targets is not None:
+            faults.append(("targets", targets, scored & torch.isin(targets, forbidden), "none of the forbidden ids"))
+    if faults and any(torch.stack([fault.any() for _, _, fault, _ in faults]).tolist()):
+        name, ids, fault, wanted = next(entry for entry in faults if entry[2].any())
+        raise ValueError(f"{name} holds {ids[fault][0].item()}, but its ids must be {wanted}")
+    if forbidden is not None and len(forbidden) >= vocabulary and len(forbidden.unique()) == vocabulary:
+        raise ValueError(f"forbidden holds all {vocabulary} ids, but it must leave at least one token")

@@ -1,0 +1,128 @@
+"""The last layer of the mixing head and the interpolation it weighs.
+
+    w = features . head_weight   (its sigmoid, if asked)          u = base[base_index]          mixed = u + w (thought - u)
+
+    d_u = (1 - w) d_mixed      d_thought = w d_mixed      d_w = <d_mixed, thought - u>
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qstar_kernels import reference
+from qstar_kernels.arguments import check_alike, check_tensor, choose_backend
+from qstar_kernels.lm_head.logits import accumulator_dtype, without_autocast
+
+
+def _gather(base: Tensor, base_index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (base if base_index is None else base[base_index]).to(dtype)
+
+
+def _sum_by_index(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """``out[index[i]] += rows[i]`` in an order that does not change from run to run."""
+    out = rows.new_zeros(size, rows.shape[1])
+    if rows.is_cuda:  # index_add_ is atomic there; index_put_ sorts
+        return out.index_put_((index,), rows, accumulate=True)
+    return out.index_add_(0, index, rows)
+
+
+class _MixHidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, base, thought, features, head_weight, base_index, sigmoid):
+        dtype = accumulator_dtype(thought)
+        with without_autocast(thought):
+            w = features.to(dtype) @ head_weight.to(dtype)
+            if sigmoid:
+                w = w.sigmoid_()
+            u = _gather(base, base_index, dtype)
+            mixed = (thought.to(dtype) - u).mul_(w[:, None]).add_(u)
+            # u + 0 would lose the sign of a zero and let a thought's infinity through.
+            mixed = torch.where(w[:, None] == 0, u, mixed).to(thought.dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(base, thought, features, head_weight, base_index, w)
+        ctx.sigmoid = sigmoid
+        return mixed, w
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_mixed, d_w):
+        base, thought, features, head_weight, base_index, w = ctx.saved_tensors
+        needs_base, needs_thought, needs_features, needs_head, *_ = ctx.needs_input_grad
+        dtype = accumulator_dtype(thought)
+        d_base = d_thought = d_features = d_head = None
+        with without_autocast(thought):
+            if d_mixed is not None:
+                d_mixed = d_mixed.to(dtype)
+                u = _gather(base, base_index, dtype)
+                row_dot = (thought.to(dtype) - u).mul_(d_mixed).sum(-1)
+                d_w = row_dot if d_w is None else d_w + row_dot
+                if needs_thought:
+                    d_thought = (w[:, None] * d_mixed).to(thought.dtype)
+                if needs_base:
+                    d_u = (1.0 - w)[:, None] * d_mixed
+                    d_base = d_u if base_index is None else _sum_by_index(d_u, base_index, len(base))
+                    d_base = d_base.to(base.dtype)
+            if ctx.sigmoid:
+                d_w = d_w * w * (1.0 - w)
+            if needs_features:
+                d_features = (d_w[:, None] * head_weight.to(dtype)).to(features.dtype)
+            if needs_head:
+                d_head = (d_w @ features.to(dtype)).to(head_weight.dtype)
+        return d_base, d_thought, d_features, d_head, None, None
+
+
+def mix_hidden(
+    base: Tensor,
+    thought: Tensor,
+    features: Tensor,
+    head_weight: Tensor,
+    *,
+    base_index: Tensor | None = None,
+    sigmoid: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Interpolate between hidden states before and after a thought: ``u + w (thought - u)``.
+
+    A linear head after it gives the same as mixing the logits. Where ``w`` is 0, ``mixed`` is ``u`` bit for bit.
+    Differentiable with respect to ``base``, ``thought``, ``features`` and ``head_weight``, through both results; rows
+    that share a base row add up their gradients in fp32 and in a fixed order. Autocast has no effect.
+
+    Args:
+        base: ``[Rb, E]`` hidden states that predict without a thought, float64, float32, bfloat16 or float16.
+        thought: ``[R, E]`` hidden states after a thought, the dtype of ``base``.
+        features: ``[R, E]`` last hidden layer of the mixing head; float64 only together with ``thought``.
+        head_weight: ``[E]`` last layer of the mixing head; float64 only together with ``thought``.
+        base_index: ``[R]`` int64, the row of ``base`` for each thought; None takes the rows in order, and ``Rb == R``.
+        sigmoid: bound ``w`` to (0, 1).
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``mixed [R, E]`` in the dtype of ``thought`` and ``w [R]`` in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+    """
+    backend = choose_backend(backend)
+    check_tensor("thought", thought, "[R, E]", (None, None))
+    rows, width = thought.shape
+    check_tensor("base", base, "[R, E]" if base_index is None else "[Rb, E]", (rows if base_index is None else None, width))
+    check_alike("base", base, "thought", thought)
+    dtypes = (torch.float64,) if thought.dtype == torch.float64 else (torch.float32, torch.bfloat16, torch.float16)
+    check_tensor("features", features, "[R, E]", (rows, width), dtypes)
+    check_tensor("head_weight", head_weight, "[E]", (width,), dtypes)
+    for name, value in (("features", features), ("head_weight", head_weight)):
+        check_alike(name, value, "thought", thought, dtype=False)
+    if base_index is not None:
+        check_tensor("base_index", base_index, "[R]", (rows,), (torch.int64,))
+        check_alike("base_index", base_index, "thought", thought, dtype=False)
+        outside = (base_index < 0) | (base_index >= len(base))
+        if outside.any():
+            value = base_index[outside][0].item()
+            raise ValueError(f"base_index holds {value}, but its rows must be in [0, {len(base)})")
+
+    if backend == "reference":
+        with without_autocast(thought):
+            return reference.mix_hidden(base, thought, features, head_weight, base_index=base_index, sigmoid=sigmoid)
+    return _MixHidden.apply(base, thought, features, head_weight, base_index, bool(sigmoid))

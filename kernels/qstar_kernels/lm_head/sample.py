@@ -1,0 +1,141 @@
+"""Samples from a linear head, with their log-probabilities, never holding all logits.
+
+An exact draw in two stages, with two uniforms a row instead of one random number per token:
+
+    p = softmax(softcap(logit_scale (h W^T + bias)) / temperature), forbidden columns at 0
+    tile   = the first of the fixed tiles of 128 columns with   sum of p up to and with it  >  u1 sum(p)
+    token  = the first of the tile's columns with               sum of p up to and with it  >  u2 sum(p in the tile)
+
+The sums over tiles and within a tile run in float64, so that tokens far below the top keep their share.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qstar_kernels import reference
+from qstar_kernels.arguments import check_integer, check_number, choose_backend
+from qstar_kernels.lm_head.logits import LogitMap, accumulator_dtype, as_operand, check_head, check_ids
+from qstar_kernels.lm_head.logits import logit_chunks, without_autocast
+from qstar_kernels.lm_head.random_bits import row_uniforms
+
+TILE = 128
+
+
+def _pick(mass: Tensor, uniform: Tensor) -> Tensor:
+    """Index ``[R, 1]`` of the column of ``mass [R, n]`` drawn by ``uniform [R]``."""
+    cumulative = mass.double().cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return drawn.clamp_(max=mass.shape[1] - 1)  # reached by rows of NaN only
+
+
+def _draw(p: Tensor, tile_uniform: Tensor, column_uniform: Tensor) -> Tensor:
+    """A column ``[R, 1]`` of ``p [R, tiles * TILE]`` for each row."""
+    tiles = p.view(len(p), p.shape[1] // TILE, TILE)
+    tile = _pick(tiles.sum(-1), tile_uniform)
+    columns = tiles.gather(1, tile[:, :, None].expand(-1, -1, TILE)).squeeze(1)
+    return tile * TILE + _pick(columns, column_uniform)
+
+
+def _sample(hidden, weight, bias, forbidden, rows, uniforms, temperature, logit_map):
+    tokens = torch.empty_like(rows)
+    log_prob = hidden.new_empty(len(rows), dtype=accumulator_dtype(hidden))
+    one_softmax = temperature == logit_map.temperature
+    scratch = None
+    chunks = logit_chunks(hidden, as_operand(weight), bias, forbidden, rows, logit_map, column_multiple=TILE)
+    for chunk, _, y in chunks:
+        if temperature == 0:
+            token = y.argmax(-1, keepdim=True)
+        else:
+            if scratch is None:
+                scratch = y if one_softmax else torch.empty_like(y)
+            p = y if one_softmax else torch.mul(y, logit_map.temperature / temperature, out=scratch[: len(y)])
+            torch.softmax(p, -1, out=p)
+            token = _draw(p, *(uniform[chunk] for uniform in uniforms))
+        token.clamp_(max=weight.shape[0] - 1)
+        log_p = p.gather(1, token).log_() if one_softmax else torch.log_softmax(y, -1, out=y).gather(1, token)
+        tokens[chunk] = token.squeeze(1)
+        log_prob[chunk] = log_p.squeeze(1)
+    return tokens, log_prob
+
+
+@torch.no_grad()
+def sample_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    seed: int,
+    step: int = 0,
+    row_offset: int = 0,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    log_prob_temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    forbidden: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Draw a token for each row from ``softmax(softcap(logit_scale (h W^T + bias)) / temperature)``.
+
+    The draw of a row is a function of its logits and of (``seed``, ``step``, ``row_offset`` + row): neither chunks nor
+    the other rows matter, and processes that share the rows, each with its ``row_offset``, draw what one would. Matrix
+    libraries may round a row's logits differently when it is multiplied among more or fewer rows; a draw changes only
+    if its uniform falls within that rounding of a boundary (about 1e-6 of the draws in fp32). Not differentiable.
+
+    Args:
+        hidden: ``[R, E]``, float64, float32, bfloat16 or float16.
+        weight: ``[V, E]``, the dtype of ``hidden``.
+        seed: any integer of 64 bits, signed or not.
+        step: at least 0, below 2^64: draws of different steps are independent.
+        row_offset: at least 0: the number of the first row among all rows that share ``seed`` and ``step``.
+        bias: ``[V]``, the dtype of ``hidden``.
+        temperature: at least 0; 0 takes the arg-max, the lowest id among equals.
+        log_prob_temperature: above 0; the temperature of the returned log-probability.
+        logit_scale: multiplies the logits before the soft-cap.
+        softcap: above 0; bounds the logits by ``softcap tanh(x / softcap)``.
+        forbidden: ``[F]`` int64 ids that are never drawn and do not count in the log-probability's normaliser.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"`` (dense).
+
+    Returns:
+        ``tokens [R]`` int64 and ``log_prob [R]``, ``log softmax(z / log_prob_temperature)[token]`` in nats, at most 0,
+        float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+    """
+    backend = choose_backend(backend)
+    check_head(hidden, weight, bias, forbidden, logit_scale, softcap)
+    check_integer("seed", seed)
+    check_integer("step", step, at_least=0)
+    check_integer("row_offset", row_offset, at_least=0)
+    for name, value, low, high in (
+        ("seed", seed, -(2**63), 2**64),
+        ("step", step, 0, 2**64),
+        ("row_offset", row_offset, 0, 2**63 - len(hidden)),
+    ):
+        if not low <= value < high:
+            raise ValueError(f"{name} is {value}, but it must be in [{low}, {high})")
+    check_number("temperature", temperature, at_least=0.0)
+    check_number("log_prob_temperature", log_prob_temperature, above=0.0)
+    check_ids(weight.shape[0], forbidden)
+
+    with without_autocast(hidden):
+        if backend == "reference":
+            return reference.sample_linear(
+                hidden,
+                weight,
+                seed=seed,
+                step=step,
+                row_offset=row_offset,
+                bias=bias,
+                temperature=temperature,
+                log_prob_temperature=log_prob_temperature,
+                logit_scale=logit_scale,
+                softcap=softcap,
+                forbidden=forbidden,
+            )
+        rows = torch.arange(len(hidden), device=hidden.device)
+        uniforms = row_uniforms(seed, step, rows + row_offset)
+        logit_map = LogitMap(float(log_prob_temperature), float(logit_scale), None if softcap is None else float(softcap))
+        return _sample(hidden, weight, bias, forbidden, rows, uniforms, float(temperature), logit_map)

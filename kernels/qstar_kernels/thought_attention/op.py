@@ -1,0 +1,172 @@
+"""The public ops: checks of arguments and choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qstar_kernels import reference
+from qstar_kernels.arguments import (
+    INTEGER,
+    check_alike,
+    check_integer,
+    check_number,
+    check_tensor,
+    choose_backend,
+)
+from qstar_kernels.thought_attention import composed
+
+
+def thought_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rationales: int = 1,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    text_start: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the thought grid (Quiet-STaR, arXiv 2403.09629, section 4.1 and figure 3), all queries at once.
+
+    Every text position i owns C = 1 + r*T slots: its text token, then r rationales of T tokens. The query in slot c
+    of position i sees the text keys (j, slot 0) with ``text_start[i] <= j <= i``, and the keys of its own rationale
+    at its own position, up to and including itself. With T = 0 this is causal attention.
+
+    Args:
+        q: queries [B, Hq, N, C, D], float64, float32, bfloat16 or float16, with any strides.
+        k: keys [B, Hkv, N, C, D], Hq a multiple of Hkv; query head h reads key head h // (Hq / Hkv).
+        v: values [B, Hkv, N, C, Dv].
+        rationales: r, at least 1; C - 1 must be a multiple of it.
+        scale: factor on q k, 1/sqrt(D) by default.
+        window: a query sees a key iff their positions differ by less. Slot 0 of position i has position i, token t
+            of a rationale i + 1 + t.
+        softcap: s becomes softcap * tanh(s / softcap), s after the scale.
+        sinks: [Hq], a logit per head that joins the normaliser and has no value; differentiable.
+        text_start: [B, N], int64 or int32: the first text key that a position may see (packed documents, left
+            padding); beyond the position itself, its text query sees nothing.
+        return_lse: return the log-sum-exp of each query's scores as well.
+        backend: "auto", "reference" (dense, the specification) or "torch" (memory linear in N).
+
+    Returns:
+        out [B, Hq, N, C, Dv] in q's dtype; with ``return_lse`` also lse [B, Hq, N, C], natural log, float32 (float64
+        for float64 inputs), sinks included, not differentiable. A query that sees nothing: out 0, lse -inf.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
+    """
+    check_tensor("q", q, "[B, Hq, N, C, D]", (None,) * 5)
+    batch, heads, positions, slots, width = q.shape
+    check_tensor("k", k, "[B, Hkv, N, C, D]", (batch, None, positions, slots, width))
+    check_tensor("v", v, "[B, Hkv, N, C, Dv]", (batch, k.shape[1], positions, slots, None))
+    check_alike("k", k, "q", q)
+    check_alike("v", v, "q", q)
+    check_heads(q, "k", k)
+    check_integer("rationales", rationales, at_least=1)
+    if slots < 1 or (slots - 1) % rationales:
+        raise ValueError(f"q has {slots} slots a position, but it must have 1 + rationales*T, rationales = {rationales}")
+    rules = check_rules(q, positions, scale, window, softcap, sinks, text_start)
+    dense = choose_backend(backend) == "reference"
+    with torch.autocast(q.device.type, enabled=False):
+        if dense:
+            out, lse = reference.thought_attention(q, k, v, rationales=rationales, return_lse=True, **rules)
+        else:
+            out, lse = composed.thought_attention(q, k, v, rationales, **rules)
+    return (out, lse) if return_lse else out
+
+
+def thought_attention_step(
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_thought: Tensor,
+    v_thought: Tensor,
+    step: int | Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    text_start: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the newest token of every rationale, against caches: one step of thinking.
+
+    The query (i, p) holds token ``step`` of rationale p at text position i, one of the last Nq. It sees the text keys
+    ``text_start[i] <= j <= i`` and tokens 0 to ``step`` of its own rationale, its own key included. Equal to that
+    token's row of :func:`thought_attention`.
+
+    Args:
+        q: queries [B, Hq, Nq, r, D], Nq <= N.
+        k_text, v_text: keys [B, Hkv, N, D] and values [B, Hkv, N, Dv] of the text.
+        k_thought, v_thought: keys [B, Hkv, Nq, r, T, D] and values [B, Hkv, Nq, r, T, Dv] of the thoughts. Tokens
+            beyond ``step`` are never read.
+        step: 0 <= step < T, an int or an integer tensor without dimensions.
+        text_start: [B, N], as in :func:`thought_attention`; the other arguments are the same as well.
+
+    Returns:
+        out [B, Hq, Nq, r, Dv] in q's dtype; with ``return_lse`` also lse [B, Hq, Nq, r].
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
+    """
+    check_tensor("q", q, "[B, Hq, Nq, r, D]", (None,) * 5)
+    batch, heads, queries, rationales, width = q.shape
+    check_tensor("k_text", k_text, "[B, Hkv, N, D]", (batch, None, None, width))
+    kv_heads, positions = k_text.shape[1:3]
+    check_tensor("v_text", v_text, "[B, Hkv, N, Dv]", (batch, kv_heads, positions, None))
+    own = (batch, kv_heads, queries, rationales)
+    check_tensor("k_thought", k_thought, "[B, Hkv, Nq, r, T, D]", (*own, None, width))
+    tokens = k_thought.shape[4]
+    check_tensor("v_thought", v_thought, "[B, Hkv, Nq, r, T, Dv]", (*own, tokens, v_text.shape[-1]))
+    for name, value in (("k_text", k_text), ("v_text", v_text), ("k_thought", k_thought), ("v_thought", v_thought)):
+        check_alike(name, value, "q", q)
+    check_heads(q, "k_text", k_text)
+    if queries > positions:
+        raise ValueError(f"q has {queries} positions, but it must have at most the {positions} of k_text")
+    if isinstance(step, Tensor):
+        check_tensor("step", step, "[]", (), INTEGER)
+        step = int(step)
+    check_integer("step", step, at_least=0)
+    if step >= tokens:
+        raise ValueError(f"step is {step}, but it must be below the {tokens} tokens of k_thought")
+    rules = check_rules(q, positions, scale, window, softcap, sinks, text_start)
+    caches = (k_text, v_text, k_thought, v_thought)
+    dense = choose_backend(backend) == "reference"
+    with torch.autocast(q.device.type, enabled=False):
+        if dense:
+            out, lse = reference.thought_attention_step(q, *caches, step, return_lse=True, **rules)
+        else:
+            out, lse = composed.thought_attention_step(q, *caches, step, **rules)
+    return (out, lse) if return_lse else out
+
+
+def check_heads(q: Tensor, name: str, k: Tensor) -> None:
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"q has {heads} heads, but it must have a multiple of the {kv_heads} of {name}")
+    if q.shape[-1] < 1:
+        raise ValueError("q has width 0, but it must be at least 1")
+
+
+def check_rules(q: Tensor, positions: int, scale, window, softcap, sinks, text_start) -> dict:
+    """The checked keyword arguments that both forms share, the scale filled in."""
+    if scale is not None:
+        check_number("scale", scale)
+    if window is not None:
+        check_integer("window", window, at_least=1)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0)
+    if sinks is not None:
+        check_tensor("sinks", sinks, "[Hq]", (q.shape[1],))
+        check_alike("sinks", sinks, "q", q, dtype=False)
+    if text_start is not None:
+        check_tensor("text_start", text_start, "[B, N]", (q.shape[0], positions), INTEGER)
+        check_alike("text_start", text_start, "q", q, dtype=False)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "text_start": text_start}

@@ -1,0 +1,104 @@
+"""Which models can think: a refusal with a reason, before anything is trained."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+logger = logging.getLogger(__name__)
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """Raise ValueError where the architecture of ``model`` cannot carry thoughts."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers model, but it is {name}")
+    config = model.config.get_text_config(decoder=True)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder, but only decoders can think")
+    if not type(model)._can_set_attn_implementation():
+        raise ValueError(
+            f"{name} does not take its attention from transformers' AttentionInterface, so thought attention cannot reach it"
+        )
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers):
+        raise ValueError(f"{name} has linear-attention or state-space layers: they mix thoughts into the text")
+    if getattr(config, "attention_chunk_size", None) or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"{name} has chunked attention layers, which thought attention does not know")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{name} has no language-model head")
+
+
+def disable_dropout(model: PreTrainedModel) -> None:
+    """Set every dropout of ``model`` to 0: thoughts must be scored by the model that sampled them."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p:
+            found.add(module.p)
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float) and module.attention_dropout:
+            found.add(module.attention_dropout)
+            module.attention_dropout = 0.0
+    if found:
+        rates = ", ".join(map(str, sorted(found)))
+        logger.warning("dropout %s set to 0: thoughts must be scored by the model that sampled them", rates)
+
+
+@torch.no_grad()
+def check_behaviour(model: PreTrainedModel) -> None:
+    """Compare tiny passes over a thought grid with the model's own plain passes.
+
+    Raises:
+        ValueError: the output head, the packed pass or the step-by-step pass gives other results.
+    """
+    from qstar.grid import Text
+    from qstar.thoughts import advance, read_grid, read_text
+
+    device = model.get_input_embeddings().weight.device
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (1, 3), generator=generator).to(device)
+    thoughts = torch.randint(vocabulary, (1, 3, 2, 2), generator=generator).to(device)
+    text, grid = Text.from_inputs(tokens), model.qstar.grid(3, rationales=2, thought_tokens=2, ahead_tokens=2)
+
+    training = model.training
+    model.eval()
+    try:
+        packed = read_grid(model, text, grid, thoughts).unflatten(1, (grid.positions, grid.slots))[0]
+        rationales = packed[:, 1:].unflatten(1, (grid.rationales, grid.rationale_length))
+        rows = grid.tokens(tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
+        rows = rows.view(grid.positions, grid.slots)[:, 1:].view(grid.positions, grid.rationales, -1)
+
+        for i in range(grid.positions):
+            for p in range(grid.rationales):
+                alone = torch.cat([tokens[0, : i + 1], rows[i, p]])[None]
+                plain = model.base_model(inputs_embeds=model.embed(alone), use_cache=False).last_hidden_state[0]
+                _compare(model, "packed pass", rationales[i, p], plain[i + 1 :])
+                _compare(model, "packed pass", packed[i, 0], plain[i])
+
+        cache, hidden = read_text(model, text, grid)
+        _compare(model, "text pass", hidden[0], packed[:, 0])
+        for step in range(grid.rationale_length):
+            _compare(model, "step pass", advance(model, text, cache, step, rows[None, ..., step])[0], rationales[:, :, step])
+
+        head = model.language_head()
+        logits = model(input_ids=tokens, use_cache=False).logits[0].float()
+        logits[:, head.forbidden] = -torch.inf
+        plain = logits.log_softmax(-1).gather(-1, tokens[0, :, None])[:, 0]
+        _compare(model, "output head", head.log_prob(packed[:, 0], tokens[0]), plain)
+    finally:
+        model.train(training)
+
+
+def _compare(model: PreTrainedModel, what: str, ours: Tensor, plain: Tensor) -> None:
+    """Raise unless two results agree as far as the model's dtype lets them."""
+    allowed = 1e-3 if ours.dtype in (torch.float32, torch.float64) and model.dtype == torch.float32 else 0.1
+    error = float((ours.double() - plain.double()).norm() / plain.double().norm().clamp(min=1e-9))
+    if not error <= allowed:
+        raise ValueError(
+            f"the {what} of {type(model).__name__} differs from the model's own by {error:.1e} (at most {allowed:.0e} is "
+            "allowed): this architecture cannot carry thoughts yet"
+        )

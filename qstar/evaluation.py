@@ -1,0 +1,139 @@
+"""How well a model predicts text it has not seen, with and without thoughts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from math import exp
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qstar.data import AnyDataset, PadRight, load_texts, pack
+from qstar.grid import IGNORED, Text
+from qstar.losses import talk
+from qstar.thoughts import evaluating, think
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean negative log-likelihood of held-out tokens, in nats.
+
+    Attributes:
+        tokens: how many tokens were predicted.
+        nll_base: without thoughts.
+        nll_talk: each token after a thought at the position before it.
+        nll_base_ahead: for each ``k``, without thoughts, over the tokens that ``nll_talk_ahead`` covers; ``[m]``.
+        nll_talk_ahead: for each ``k``, of ``x_{i+k+1}`` after the thought at ``i``; ``[m]``.
+        mixing_weight: mean weight of a thought in the prediction of the next token.
+    """
+
+    tokens: int
+    nll_base: float
+    nll_talk: float
+    nll_base_ahead: tuple[float, ...]
+    nll_talk_ahead: tuple[float, ...]
+    mixing_weight: float
+
+    def summary(self) -> dict[str, float]:
+        """The headline numbers by name."""
+        return {
+            "tokens": self.tokens,
+            "nll_base": self.nll_base,
+            "nll_talk": self.nll_talk,
+            "gain": self.nll_base - self.nll_talk,
+            "perplexity_base": exp(self.nll_base),
+            "perplexity_talk": exp(self.nll_talk),
+            "mixing_weight": self.mixing_weight,
+        }
+
+
+@torch.no_grad()
+def evaluate_rows(
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Evaluation:
+    """Evaluate on batches as :class:`qstar.data.PadRight` makes them.
+
+    Args:
+        model: from :func:`qstar.wrap` or :func:`qstar.load`.
+        batches: what :meth:`qstar.grid.Text.from_inputs` takes, by name.
+        temperature: thoughts are sampled at; greedy by default.
+        seed: of the thoughts, where they are sampled.
+        total: adds sums over all processes; the identity by default.
+
+    Raises:
+        ValueError: there is no token to predict.
+    """
+    device = model.get_input_embeddings().weight.device
+    steps = model.qstar.ahead_tokens
+    sums = torch.zeros(4, steps, dtype=torch.float64, device=device)
+    row_offset = 0
+    with evaluating(model):
+        for batch in batches:
+            text = Text.from_inputs(**{name: value.to(device) for name, value in batch.items()})
+            grid = model.qstar.grid(text.tokens.shape[1], rationales=1)
+            thoughts = think(model, text, grid, temperature=temperature, seed=seed, row_offset=row_offset)
+            row_offset += text.tokens.numel()
+            spoken = talk(model, text, grid, thoughts)
+            counts = spoken.targets != IGNORED
+            log_base = spoken.log_base[:, grid.ahead_positions(device)]
+            per_step = (counts, log_base * counts, spoken.log_talk[:, :, 0], spoken.weight[:, :, 0] * counts)
+            sums += torch.stack([values.double().sum((0, 1)) for values in per_step])
+    counts, base, talked, weight = total(sums).cpu()
+    if not counts[0]:
+        raise ValueError("dataset holds no token to predict")
+    means = [values / counts.clamp(min=1) for values in (base, talked, weight)]
+    return Evaluation(
+        tokens=int(counts[0]),
+        nll_base=-float(means[0][0]),
+        nll_talk=-float(means[1][0]),
+        nll_base_ahead=tuple((-means[0]).tolist()),
+        nll_talk_ahead=tuple((-means[1]).tolist()),
+        mixing_weight=float(means[2][0]),
+    )
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str | Path | AnyDataset,
+    *,
+    split: str = "test",
+    text_column: str = "text",
+    seq_length: int = 256,
+    batch_size: int = 8,
+    max_rows: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Evaluation:
+    """Evaluate on a dataset, see :func:`qstar.data.load_texts`.
+
+    Args:
+        model: from :func:`qstar.train` or :func:`qstar.load`.
+        tokenizer: its tokenizer.
+        dataset: a hub name, a file or a ``datasets`` object.
+        split: of a hub dataset.
+        text_column: the column that holds the text.
+        seq_length: text tokens in a row.
+        batch_size: rows at a time.
+        max_rows: stop after so many rows; None for all.
+        temperature: thoughts are sampled at; greedy by default.
+        seed: of the thoughts, where they are sampled.
+    """
+    rows = pack(load_texts(dataset, split), tokenizer, seq_length, text_column)
+    loader = DataLoader(islice_rows(rows, max_rows), batch_size, collate_fn=PadRight(tokenizer.pad_token_id or 0))
+    return evaluate_rows(model, loader, temperature=temperature, seed=seed)
+
+
+def islice_rows(rows: AnyDataset, most: int | None) -> list[dict]:
+    """The first ``most`` rows."""
+    return list(islice(rows, most))

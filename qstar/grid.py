@@ -1,0 +1,157 @@
+"""The thought grid: which token stands in which slot, at which position, and what it is scored on.
+
+Every text position owns ``C = 1 + r*T`` slots. Slot 0 holds the text token; rationale ``p`` owns the ``T`` slots from
+``1 + p*T`` on: the start token, ``K`` sampled tokens, the end token, and the next ``m - 1`` text tokens. Laid out
+position by position the grid is one sequence of ``N*C`` tokens, which any decoder can read in one pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class ThoughtGrid:
+    """``N`` text positions with ``r`` rationales of ``T = K + m + 1`` tokens at each."""
+
+    positions: int
+    rationales: int
+    thought_tokens: int
+    ahead_tokens: int
+
+    @property
+    def rationale_length(self) -> int:
+        """T: start, K sampled tokens, end, m - 1 text tokens."""
+        return self.thought_tokens + self.ahead_tokens + 1
+
+    @property
+    def slots(self) -> int:
+        """C: the slots at one position."""
+        return 1 + self.rationales * self.rationale_length
+
+    def position_ids(self, text_positions: Tensor) -> Tensor:
+        """Position ids of the grid, ``[B, N*C]``: ``i`` for the text token, ``i + 1 + t`` for token ``t`` of a rationale.
+
+        ``text_positions`` ``[B, N]`` int64 holds each text token's position in its document.
+        """
+        ahead = torch.arange(1, 1 + self.rationale_length, device=text_positions.device)
+        offsets = torch.cat([ahead.new_zeros(1), ahead.repeat(self.rationales)])
+        return rearrange(text_positions[..., None] + offsets, "b n c -> b (n c)")
+
+    def tokens(self, text: Tensor, thoughts: Tensor, start: int, end: int) -> Tensor:
+        """Token ids of the grid, ``[B, N*C]`` int64.
+
+        ``text`` is ``[B, N]``, ``thoughts`` the sampled tokens ``[B, N, r, K]``, ``start`` and ``end`` the ids that open
+        and close a thought. Teacher-forced tokens past the end of the text repeat its last one: nothing that counts
+        is predicted from them.
+        """
+        following = text[:, self.ahead_positions(text.device)[:, 1:]]
+        rationale = torch.cat(
+            [
+                torch.full_like(thoughts[..., :1], start),
+                thoughts,
+                torch.full_like(thoughts[..., :1], end),
+                repeat(following, "b n k -> b n r k", r=self.rationales),
+            ],
+            dim=-1,
+        )
+        return rearrange(torch.cat([text[..., None], rationale.flatten(2)], dim=-1), "b n c -> b (n c)")
+
+    def ahead_positions(self, device: torch.device) -> Tensor:
+        """The text position ``i + k`` that talk step ``k`` stands at, ``[N, m]`` int64, held below ``N``."""
+        ahead = torch.arange(self.positions, device=device)[:, None] + torch.arange(self.ahead_tokens, device=device)
+        return ahead.clamp(max=max(self.positions - 1, 0))
+
+    def split(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states ``[B, N*C, E]`` as views by role: text, policy, talk.
+
+        Returns:
+            text ``[B, N, E]``: predicts the next text token without a thought.
+            policy ``[B, N, r, K, E]``: predicts each sampled token.
+            talk ``[B, N, r, m, E]``: predicts text token ``i + k + 1`` after the thought.
+        """
+        grid = rearrange(hidden, "b (n c) e -> b n c e", c=self.slots)
+        rationales = rearrange(grid[:, :, 1:], "b n (r t) e -> b n r t e", r=self.rationales)
+        return grid[:, :, 0], rationales[:, :, :, : self.thought_tokens], rationales[:, :, :, self.thought_tokens + 1 :]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A batch of text as the grid needs it.
+
+    Attributes:
+        tokens: ``[B, N]`` int64.
+        positions: position of each token in its document, ``[B, N]`` int64.
+        start: the first text position each token may see, ``[B, N]`` int64; None where that is 0 for all.
+        targets: what each position must predict, ``[B, N]`` int64, ``IGNORED`` where nothing.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    start: Tensor | None
+    targets: Tensor
+
+    @classmethod
+    def from_inputs(
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Text:
+        """Read a batch as transformers' collators make it.
+
+        Args:
+            input_ids: ``[B, N]`` int64.
+            attention_mask: ``[B, N]``, 1 for text and 0 for padding, which may stand left or right of it.
+            labels: ``[B, N]`` int64, ``-100`` where a token is not to be learned; ``input_ids`` by default.
+            position_ids: ``[B, N]`` int64, starting again at 0 with each document of a packed row.
+
+        Raises:
+            ValueError: a shape differs from that of ``input_ids``; the mask has a hole; ``position_ids`` reach into the
+                padding on its left.
+        """
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids has shape {list(input_ids.shape)}, but it must be [B, N]")
+        for name, value in (("attention_mask", attention_mask), ("labels", labels), ("position_ids", position_ids)):
+            if value is not None and value.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} has shape {list(value.shape)}, but it must be {list(input_ids.shape)} like input_ids"
+                )
+        index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        first = _first_valid(valid)
+        positions = (index - first).clamp(min=0) if position_ids is None else position_ids
+        start = torch.where(valid, index - positions, first)
+        if bool((start < first).any()):
+            raise ValueError("position_ids reach back into the padding on the left of attention_mask")
+        targets = torch.full_like(input_ids, IGNORED)
+        follows = valid[:, :-1] & valid[:, 1:] & (positions[:, 1:] == positions[:, :-1] + 1)
+        source = input_ids if labels is None else labels
+        targets[:, :-1] = torch.where(follows, source[:, 1:], IGNORED)
+        return cls(input_ids, positions, start if bool((start > 0).any()) else None, targets)
+
+    def talk_targets(self, grid: ThoughtGrid) -> Tensor:
+        """What talk step ``k`` at position ``i`` must predict, ``x_{i+k+1}`` or ``IGNORED``, ``[B, N, m]`` int64.
+
+        Ignored are targets past the end of the text or of the document, padding, and labels of -100.
+        """
+        ahead = grid.ahead_positions(self.tokens.device)
+        steps = torch.arange(grid.ahead_tokens, device=self.tokens.device)
+        same_document = self.positions[:, ahead] == self.positions[..., None] + steps
+        return torch.where(same_document, self.targets[:, ahead], IGNORED)
+
+
+def _first_valid(valid: Tensor) -> Tensor:
+    """The first valid position of each row, ``[B, 1]`` int64; raises where padding stands between text."""
+    edges = (valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, :1].sum(1)
+    if bool((edges > 1).any()):
+        row = int((edges > 1).nonzero()[0])
+        raise ValueError(f"attention_mask has a hole in row {row}, but padding must stand left or right of the text")
+    return valid.long().argmax(dim=1, keepdim=True) if valid.shape[1] else valid.new_zeros(len(valid), 1).long()

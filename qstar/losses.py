@@ -1,0 +1,208 @@
+"""What a model learns from its thoughts: the likelihood of the text with and without them, and a reward for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from qstar.grid import IGNORED, Text, ThoughtGrid
+from qstar.thoughts import read_grid, think
+
+BASELINES = ("mean", "leave_one_out", "base")
+
+
+@dataclass
+class QuietStarOutput(ModelOutput):
+    """One pass of the objective.
+
+    Attributes:
+        loss: what to minimise, a scalar.
+        likelihood_loss: its part ``(NLL_base + NLL_talk) / 2``.
+        policy_loss: its REINFORCE part, before the policy weight.
+        nll_base: mean negative log-likelihood of a text token without a thought, nats.
+        nll_talk: the same after a thought, mean over the ``m`` tokens ahead.
+        reward: mean of the advantages that count, nats.
+        rewarded: share of the thoughts whose advantage counts and is not 0.
+        mixing_weight: mean weight of the thoughts.
+        thoughts: sampled tokens, ``[B, N, r, K]`` int64.
+    """
+
+    loss: Tensor | None = None
+    likelihood_loss: Tensor | None = None
+    policy_loss: Tensor | None = None
+    nll_base: Tensor | None = None
+    nll_talk: Tensor | None = None
+    reward: Tensor | None = None
+    rewarded: Tensor | None = None
+    mixing_weight: Tensor | None = None
+    thoughts: Tensor | None = None
+
+
+@dataclass
+class Talk:
+    """Log-probabilities of the text, fp32 nats; 0 where there is nothing to predict.
+
+    Attributes:
+        log_base: without thoughts, ``[B, N]``.
+        log_talk: of ``x_{i+k+1}`` after the thought at ``i``, ``[B, N, r, m]``.
+        weight: of the thought in the mix, ``[B, N, r, m]``.
+        targets: what ``log_talk`` scores, ``[B, N, m]`` int64, ``IGNORED`` where nothing.
+        policy: states that predict the sampled tokens, ``[B, N, r, K, E]``.
+    """
+
+    log_base: Tensor
+    log_talk: Tensor
+    weight: Tensor
+    targets: Tensor
+    policy: Tensor
+
+
+def talk(model: PreTrainedModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, backend: str = "auto") -> Talk:
+    """Score the text with and without the given thoughts ``[B, N, r, K]``, in one packed pass."""
+    base, policy, after = grid.split(read_grid(model, text, grid, thoughts, backend))
+    batch, positions = text.tokens.shape
+    targets = text.talk_targets(grid)
+
+    row = torch.arange(batch, device=base.device)[:, None, None] * positions
+    base_index = repeat(row + grid.ahead_positions(base.device), "b n m -> b n r m", r=grid.rationales)
+    base = rearrange(base, "b n e -> (b n) e")
+    mixed, weight = model.qstar_mixing_head(
+        base, after.flatten(0, 3), base_index.flatten(), sigmoid=model.qstar.sigmoid
+    )
+    head = model.language_head()
+    log_talk = head.log_prob(mixed, repeat(targets, "b n m -> (b n r m)", r=grid.rationales))
+    return Talk(
+        log_base=head.log_prob(base, text.targets.flatten()).view(batch, positions),
+        log_talk=log_talk.view_as(base_index),
+        weight=weight.view_as(base_index),
+        targets=targets,
+        policy=policy,
+    )
+
+
+def advantages(scores: Tensor, base_scores: Tensor, baseline: str) -> Tensor:
+    """How much better each rationale did than its baseline.
+
+    Args:
+        scores: S, summed log-probabilities after each rationale, ``[B, N, r]``.
+        base_scores: the same without a thought, ``[B, N]``.
+        baseline: ``mean`` of the rationales, the others' (``leave_one_out``), or ``base``: without a thought.
+
+    Returns:
+        ``[B, N, r]``. Equal scores give exactly 0. With one rationale every baseline is ``base``.
+    """
+    rationales = scores.shape[-1]
+    if baseline == "base" or rationales == 1:
+        return scores - base_scores[..., None]
+    difference = scores - scores[..., :1]
+    centred = difference - difference.mean(-1, keepdim=True)
+    return centred if baseline == "mean" else centred * (rationales / (rationales - 1))
+
+
+@dataclass
+class Objective:
+    """Quiet-STaR's training objective; calling it thinks, talks and returns the losses (paper, sections 4.2 to 4.4).
+
+    Attributes:
+        policy_weight: beta, the weight of the REINFORCE loss.
+        temperature: thoughts are sampled at; 0 is greedy.
+        reinforce_temperature: the log-probabilities of sampled tokens are taken at.
+        baseline: what a thought is compared with, one of ``mean``, ``leave_one_out``, ``base``.
+        signed: learn from thoughts that did worse as well; by default only from those that did better.
+        seed: of the thoughts.
+        row_offset: rows (batch, position, rationale) that other processes or batches have before these.
+        backend: of the attention over the thought grid.
+    """
+
+    policy_weight: float = 1.0
+    temperature: float = 1.0
+    reinforce_temperature: float = 3.0
+    baseline: str = "mean"
+    signed: bool = False
+    seed: int = 0
+    row_offset: int = 0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.baseline not in BASELINES:
+            raise ValueError(f"baseline is {self.baseline!r}, but it must be one of {', '.join(BASELINES)}")
+        if self.policy_weight < 0:
+            raise ValueError(f"policy_weight is {self.policy_weight}, but it must be at least 0")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}, but it must be at least 0")
+        if self.reinforce_temperature <= 0:
+            raise ValueError(f"reinforce_temperature is {self.reinforce_temperature}, but it must be above 0")
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        thoughts: Tensor | None = None,
+    ) -> QuietStarOutput:
+        """Think about a batch (see :meth:`qstar.grid.Text.from_inputs`), or take ``thoughts`` ``[B, N, r, K]`` as given."""
+        text = Text.from_inputs(input_ids, attention_mask, labels, position_ids)
+        grid = model.qstar.grid(input_ids.shape[1])
+        if thoughts is None:
+            thoughts = think(
+                model, text, grid, temperature=self.temperature, seed=self.seed, row_offset=self.row_offset
+            )
+        spoken = talk(model, text, grid, thoughts, self.backend)
+        nll_base = -_mean(spoken.log_base, text.targets != IGNORED)
+        counts = spoken.targets != IGNORED
+        per_step = [-_mean(spoken.log_talk[..., k].mean(-1), counts[..., k]) for k in range(grid.ahead_tokens)]
+        nll_talk = torch.stack(per_step).mean()
+        whole = counts.all(-1)
+        advantage = self.advantage(spoken, grid) * whole[..., None]
+        policy_loss = self.policy_loss(model, spoken.policy, thoughts, advantage, whole)
+        likelihood_loss = (nll_base + nll_talk) / 2
+        return QuietStarOutput(
+            loss=likelihood_loss + self.policy_weight * policy_loss,
+            likelihood_loss=likelihood_loss,
+            policy_loss=policy_loss,
+            nll_base=nll_base.detach(),
+            nll_talk=nll_talk.detach(),
+            reward=_mean(advantage.mean(-1), whole),
+            rewarded=_mean((advantage != 0).float().mean(-1), whole),
+            mixing_weight=_mean(spoken.weight.detach().mean(2), counts),
+            thoughts=thoughts,
+        )
+
+    def advantage(self, spoken: Talk, grid: ThoughtGrid) -> Tensor:
+        """The detached advantages ``[B, N, r]`` of the thoughts; clamped at 0 unless signed."""
+        log_base = spoken.log_base.detach()[:, grid.ahead_positions(spoken.log_base.device)]
+        # A thought of weight 0 changed nothing; rounding in a product over other rows must not reward it.
+        log_talk = torch.where(spoken.weight == 0, log_base[:, :, None], spoken.log_talk).detach()
+        advantage = advantages(log_talk.sum(-1), log_base.sum(-1), self.baseline)
+        return advantage if self.signed else advantage.clamp(min=0)
+
+    def policy_loss(
+        self, model: PreTrainedModel, policy: Tensor, thoughts: Tensor, advantage: Tensor, whole: Tensor
+    ) -> Tensor:
+        """REINFORCE over the sampled tokens; only thoughts whose advantage is not 0 meet the head.
+
+        Args:
+            model: the model.
+            policy: states that predict the sampled tokens, ``[B, N, r, K, E]``.
+            thoughts: the sampled tokens, ``[B, N, r, K]``.
+            advantage: ``[B, N, r]``, 0 where a thought does not count.
+            whole: positions all of whose ``m`` targets count, ``[B, N]``.
+        """
+        counted = advantage.nonzero(as_tuple=True)
+        log_prob = model.language_head().log_prob(
+            policy[counted].flatten(0, 1), thoughts[counted].flatten(), temperature=self.reinforce_temperature
+        )
+        per_thought = log_prob.view(-1, thoughts.shape[-1]).mean(-1)
+        return -(advantage[counted] * per_thought).sum() / (whole.sum() * thoughts.shape[2]).clamp(min=1)
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """The mean of ``values`` over ``where``; 0 where that is empty."""
+    return (values * where).sum() / where.sum().clamp(min=1)

@@ -1,0 +1,99 @@
+"""Thinking: reading a text once, then advancing the thoughts at all of its positions together, one token at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qstar.attention import Packed, Step, ThoughtCache
+from qstar.grid import Text, ThoughtGrid
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Hold ``model`` in ``eval()``: gradient checkpointing in ``train()`` would drop the cache."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def read_text(model: PreTrainedModel, text: Text, grid: ThoughtGrid) -> tuple[ThoughtCache, Tensor]:
+    """Read a text without thoughts.
+
+    Returns:
+        A cache of its keys and values with room for the thoughts of ``grid``, and its hidden states ``[B, N, E]``.
+    """
+    cache = ThoughtCache(grid.rationales, grid.rationale_length)
+    hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start), cache)
+    return cache, hidden
+
+
+def advance(model: PreTrainedModel, text: Text, cache: ThoughtCache, step: int, tokens: Tensor) -> Tensor:
+    """Read token ``step`` of every thought.
+
+    Args:
+        model: the model.
+        text: the text that ``cache`` was filled from.
+        cache: from :func:`read_text`; tokens 0 .. ``step - 1`` have been read.
+        step: t, counted from the start token.
+        tokens: ``[B, Nq, r]`` int64, at the last ``Nq`` positions of the text.
+
+    Returns:
+        Hidden states ``[B, Nq, r, E]``.
+    """
+    cache.begin_step(step)
+    positions = text.positions[:, -tokens.shape[1] :, None] + 1 + step
+    hidden = model.read(
+        rearrange(tokens, "b n r -> b (n r)"),
+        rearrange(positions.expand_as(tokens), "b n r -> b (n r)"),
+        Step(cache, step, start=text.start),
+        cache,
+    )
+    return rearrange(hidden, "b (n r) e -> b n r e", r=cache.rationales)
+
+
+@torch.no_grad()
+def think(
+    model: PreTrainedModel, text: Text, grid: ThoughtGrid, *, temperature: float, seed: int = 0, row_offset: int = 0
+) -> Tensor:
+    """Sample a thought for every rationale at every position (paper, section 4.2).
+
+    Args:
+        model: the model; thoughts are sampled in ``eval()``.
+        text: the text to think about.
+        grid: how many rationales of how many tokens.
+        temperature: of the distribution that tokens are drawn from; 0 takes the most probable token.
+        seed: the same seed gives the same thoughts.
+        row_offset: rows (batch, position, rationale) that other processes or batches have before these.
+
+    Returns:
+        Sampled tokens ``[B, N, r, K]`` int64; the start and end tokens are never among them.
+    """
+    batch, positions = text.tokens.shape
+    thoughts = text.tokens.new_empty(batch, positions, grid.rationales, grid.thought_tokens)
+    head = model.language_head()
+    tokens = text.tokens.new_full(thoughts.shape[:3], model.qstar.start_token_id)
+    with evaluating(model):
+        cache, _ = read_text(model, text, grid)
+        for step in range(grid.thought_tokens):
+            hidden = advance(model, text, cache, step, tokens)
+            tokens = head.sample(
+                hidden.flatten(0, 2), seed=seed, step=step, row_offset=row_offset, temperature=temperature
+            ).view_as(tokens)
+            thoughts[..., step] = tokens
+    return thoughts
+
+
+def read_grid(model: PreTrainedModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, backend: str = "auto") -> Tensor:
+    """One packed pass over text and thoughts: hidden states ``[B, N*C, E]`` from thoughts ``[B, N, r, K]``."""
+    tokens = grid.tokens(text.tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
+    layout = Packed(grid.slots, grid.rationales, start=text.start, backend=backend)
+    return model.read(tokens, grid.position_ids(text.positions), layout)

@@ -1,0 +1,175 @@
+"""Training with transformers' Trainer: the settings and the Trainer itself."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from qstar.data import PadRight
+from qstar.evaluation import evaluate_rows
+from qstar.losses import BASELINES, Objective, QuietStarOutput
+from qstar.report import show_thoughts
+
+METRICS_FILE = "metrics.jsonl"
+LOGGED = ("likelihood_loss", "policy_loss", "nll_base", "nll_talk", "reward", "rewarded", "mixing_weight")
+
+
+def _setting(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class QuietStarArguments(TrainingArguments):
+    """transformers' ``TrainingArguments``, with the paper's values as defaults and the settings of Quiet-STaR."""
+
+    output_dir: str | None = _setting("runs/quiet-star", "Folder for the model, the metrics and the checkpoints.")
+    learning_rate: float = _setting(1e-6, "Learning rate of the base model.")
+    weight_decay: float = _setting(1e-3, "Weight decay of the base model.")
+    warmup_steps: float = _setting(20, "Steps over which the learning rate rises to its value.")
+    per_device_train_batch_size: int = _setting(8, "Rows in a batch, on each device.")
+    logging_steps: float = _setting(10, "Log every so many steps.")
+    logging_nan_inf_filter: bool = _setting(False, "Leave losses that are not finite out of the log.")
+    report_to: None | str | list[str] = _setting("none", "Where else to report metrics: wandb, tensorboard, ...")
+
+    seq_length: int = _setting(256, "N: text tokens in a row.")
+    text_column: str = _setting("text", "The column that holds the text.")
+    policy_weight: float = _setting(
+        1.0,
+        "beta: weight of the REINFORCE loss. The authors' code has 1e6, which the gradient clip throttles together with "
+        "every other gradient.",
+    )
+    thought_temperature: float = _setting(1.0, "Thoughts are sampled at this temperature.")
+    reinforce_temperature: float = _setting(3.0, "Log-probabilities of sampled tokens are taken at this temperature.")
+    baseline: str = _setting("mean", "What a thought is compared with.", choices=list(BASELINES))
+    signed_advantages: bool = _setting(False, "Learn from thoughts that did worse than the baseline as well.")
+    thought_embedding_lr_factor: float = _setting(100.0, "Learning rate of start and end embeddings over learning_rate.")
+    mixing_head_lr_factor: float = _setting(1.0, "Learning rate of the mixing head over learning_rate.")
+    sample_steps: int = _setting(50, "Show thoughts every so many steps; 0 for never.")
+    gradient_norm_steps: int = _setting(100, "Log both losses' gradient norms every so many steps; 0 for never.")
+
+    def objective(self) -> Objective:
+        """The objective that these settings describe."""
+        return Objective(
+            policy_weight=self.policy_weight,
+            temperature=self.thought_temperature,
+            reinforce_temperature=self.reinforce_temperature,
+            baseline=self.baseline,
+            signed=self.signed_advantages,
+        )
+
+
+class QuietStarTrainer(Trainer):
+    """transformers' Trainer for a model from :func:`qstar.wrap`.
+
+    Every logged value also goes to ``metrics.jsonl`` in the output folder. Rows are dictionaries of ``input_ids`` and
+    ``position_ids``, as :func:`qstar.data.pack` makes them.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, model: PreTrainedModel, args: QuietStarArguments, **kwargs: Any):
+        tokenizer = kwargs.get("processing_class")
+        kwargs.setdefault("data_collator", PadRight(getattr(tokenizer, "pad_token_id", None) or 0))
+        super().__init__(model, args, **kwargs)
+        self.objective = args.objective()
+        self._seen: dict[str, list[Tensor]] = defaultdict(list)
+        self._batch_of_step = (-1, 0)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ):
+        output = model(**inputs, objective=self._objective_for(inputs["input_ids"]))
+        for name in LOGGED:
+            self._seen[name].append(getattr(output, name).detach())
+        if self._due(self.args.gradient_norm_steps) and self.args.world_size == 1:
+            self._log_gradient_norms(model, output)
+        if self._due(self.args.sample_steps) and self.is_world_process_zero():
+            thoughts = show_thoughts(self.processing_class, inputs["input_ids"], output.thoughts)
+            self._write({"step": self.state.global_step, "thoughts": thoughts})
+        return (output.loss, output) if return_outputs else output.loss
+
+    def _objective_for(self, input_ids: Tensor) -> Objective:
+        """The objective with a seed for this step, and row numbers that no other batch of the step has."""
+        step, batch = self._batch_of_step
+        batch = batch + 1 if step == self.state.global_step else 0
+        self._batch_of_step = (self.state.global_step, batch)
+        rows = input_ids.numel() * self.accelerator.unwrap_model(self.model).qstar.rationales
+        return replace(
+            self.objective,
+            seed=(self.args.seed << 32) + self.state.global_step,
+            row_offset=(batch * self.args.world_size + self.args.process_index) * rows,
+        )
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.model.training and self.state.global_step % every == 0 and self._batch_of_step[1] == 0
+
+    def _log_gradient_norms(self, model: nn.Module, output: QuietStarOutput) -> None:
+        """Log both losses' gradient norms, so that one starving the other is seen."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for name, loss in (("likelihood", output.likelihood_loss), ("policy", output.policy_loss)):
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            norms = torch.stack([gradient.float().norm() for gradient in gradients if gradient is not None])
+            self._seen[f"{name}_gradient_norm"].append(norms.norm())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means since the last call, and write all of it to ``metrics.jsonl``."""
+        if "loss" in logs:
+            for name, values in self._seen.items():
+                logs[name] = float(self.accelerator.gather(torch.stack(values).mean().float()).mean())
+            self._seen.clear()
+        super().log(logs, start_time)
+        self._write({"step": self.state.global_step, **logs})
+
+    def _write(self, record: dict) -> None:
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / METRICS_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with the mixing head and the thought embeddings in groups of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        named = dict((self.model if model is None else model).named_parameters())
+        head = [p for name, p in named.items() if "qstar_mixing_head" in name and p.requires_grad]
+        embeddings = [p for name, p in named.items() if name.endswith(("qstar_start", "qstar_end")) and p.requires_grad]
+        mine = {id(p) for p in head + embeddings}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in mine]
+        for params, factor in (
+            (head, self.args.mixing_head_lr_factor),
+            (embeddings, self.args.thought_embedding_lr_factor),
+        ):
+            if params:
+                optimizer.add_param_group(
+                    {"params": params, "lr": self.args.learning_rate * factor, "weight_decay": 0.0}
+                )
+        return optimizer
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Held-out log-likelihood with and without thoughts, see :func:`qstar.evaluation.evaluate_rows`."""
+        batches = self.get_eval_dataloader(eval_dataset)
+        reduce = self.accelerator.reduce
+        result = evaluate_rows(self.accelerator.unwrap_model(self.model), batches, total=reduce)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.summary().items()}
+        metrics[f"{metric_key_prefix}_loss"] = (result.nll_base + result.nll_talk) / 2
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.accelerator.unwrap_model(self.model if model is None else model).load_thoughts(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.accelerator.unwrap_model(self.model).load_thoughts(self.state.best_model_checkpoint)

@@ -1,0 +1,200 @@
+"""The objective against a plain pass for every thought, and what must hold of it."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from qstar.grid import Text
+from qstar.losses import Objective, advantages, talk
+
+
+def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(ours: torch.Tensor, other: torch.Tensor, floor: float = 1e-3) -> float:
+    return float((ours - other).norm() / other.norm().clamp(min=floor))
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+@pytest.mark.parametrize("rationales", [1, 2])
+def test_packed_equals_one_plain_pass_for_every_thought(family, rationales):
+    exact = family == "gpt2"
+    dtype, tolerance = (torch.float64, 1e-12) if exact else (torch.float32, 1e-5)
+    model = tiny.thinking_model(family, dtype=dtype, thought_tokens=2, ahead_tokens=2, rationales=rationales)
+    tokens = tiny.text(1, 6)
+    thoughts = tiny.random_thoughts(model, 1, 6)
+    signed = rationales == 1
+    objective = Objective(policy_weight=0.7, reinforce_temperature=2.0, signed=signed)
+    ours = objective(model, tokens, thoughts=thoughts)
+    our_gradients = gradients(model, ours.loss)
+    model.set_attn_implementation("eager")
+    plain = tiny.plain_objective(model, tokens[0], thoughts[0], beta=0.7, tau=2.0, signed=signed)
+    plain_gradients = gradients(model, plain["loss"])
+
+    assert plain["policy_loss"].item() != 0
+    for name, value in plain.items():
+        assert relative(getattr(ours, name), value) <= tolerance, name
+    assert our_gradients.keys() == plain_gradients.keys()
+    for name, gradient in plain_gradients.items():
+        assert relative(our_gradients[name], gradient) <= tolerance, name
+
+
+def test_every_new_parameter_learns():
+    model = tiny.thinking_model(thought_tokens=3, ahead_tokens=2)
+    tokens = tiny.text(2, 8)
+    output = Objective()(model, tokens, thoughts=tiny.random_thoughts(model, 2, 8))
+    found = gradients(model, output.loss)
+    for name in ("qstar_start", "qstar_end", "qstar_mixing_head.input.weight", "qstar_mixing_head.output.weight"):
+        assert found[name].abs().sum() > 0, name
+
+
+def test_one_thought_changes_nothing_elsewhere():
+    model = tiny.thinking_model(thought_tokens=3, ahead_tokens=2)
+    text = Text.from_inputs(tiny.text(1, 8))
+    grid = model.qstar.grid(8)
+    thoughts = tiny.random_thoughts(model, 1, 8)
+    changed = thoughts.clone()
+    changed[0, 3, 1] = (changed[0, 3, 1] - 4 + 1) % 26 + 4
+    before, after = talk(model, text, grid, thoughts), talk(model, text, grid, changed)
+    same = before.log_talk == after.log_talk
+    assert not same[0, 3, 1].any()
+    same[0, 3, 1] = True
+    assert same.all()
+    assert torch.equal(before.log_base, after.log_base)
+
+
+def test_talk_sees_no_later_text():
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=3)
+    tokens = tiny.text(1, 9)
+    thoughts = tiny.random_thoughts(model, 1, 9)
+    grid = model.qstar.grid(9)
+    before = talk(model, Text.from_inputs(tokens), grid, thoughts)
+    for changed in range(1, 9):
+        other = tokens.clone()
+        other[0, changed] = (other[0, changed] - 4 + 1) % 26 + 4
+        after = talk(model, Text.from_inputs(other), grid, thoughts)
+        for i in range(9):
+            for k in range(3):
+                if i + k + 1 < changed:  # neither read nor predicted
+                    assert torch.equal(before.log_talk[0, i, :, k], after.log_talk[0, i, :, k]), (changed, i, k)
+
+
+@pytest.mark.parametrize("rationales", [1, 2, 3])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "base"])
+def test_untrained_head_changes_nothing(rationales, baseline):
+    model = tiny.thinking_model(mixing=False, thought_tokens=3, ahead_tokens=2, rationales=rationales)
+    tokens = tiny.text(3, 17)
+    output = Objective(baseline=baseline, signed=True)(model, tokens, thoughts=tiny.random_thoughts(model, 3, 17))
+    assert float(output.policy_loss) == 0
+    assert float(output.rewarded) == 0
+    text, grid = Text.from_inputs(tokens), model.qstar.grid(17)
+    spoken = talk(model, text, grid, tiny.random_thoughts(model, 3, 17))
+    base = spoken.log_base[:, grid.ahead_positions(tokens.device)][:, :, None].expand_as(spoken.log_talk)
+    counts = (spoken.targets != -100)[:, :, None].expand_as(base)
+    assert torch.equal(spoken.log_talk[counts], base[counts])
+
+
+def test_sigmoid_head_starts_at_one_half():
+    model = tiny.thinking_model(mixing=False, sigmoid=True, thought_tokens=2, ahead_tokens=1)
+    output = Objective()(model, tiny.text(1, 6), thoughts=tiny.random_thoughts(model, 1, 6))
+    assert float(output.mixing_weight) == 0.5
+
+
+def test_permuting_rationales_permutes_results():
+    model = tiny.thinking_model(thought_tokens=3, ahead_tokens=2, rationales=3)
+    text, grid = Text.from_inputs(tiny.text(2, 8)), model.qstar.grid(8)
+    thoughts = tiny.random_thoughts(model, 2, 8)
+    order = torch.tensor([2, 0, 1])
+    ours = talk(model, text, grid, thoughts).log_talk
+    permuted = talk(model, text, grid, thoughts[:, :, order]).log_talk
+    torch.testing.assert_close(permuted, ours[:, :, order], rtol=0, atol=1e-5)
+
+
+def test_equal_scores_have_no_advantage():
+    scores = torch.full((1, 4, 3), -3.1415927) + torch.arange(4)[None, :, None] * 0.1
+    for baseline in ("mean", "leave_one_out"):
+        assert (advantages(scores, scores[..., 0], baseline) == 0).all()
+
+
+def test_baselines():
+    scores, base = torch.tensor([[[1.0, 3.0, 8.0]]]), torch.tensor([[2.0]])
+    torch.testing.assert_close(advantages(scores, base, "mean"), torch.tensor([[[-3.0, -1.0, 4.0]]]))
+    torch.testing.assert_close(advantages(scores, base, "leave_one_out"), torch.tensor([[[-4.5, -1.5, 6.0]]]))
+    torch.testing.assert_close(advantages(scores, base, "base"), torch.tensor([[[-1.0, 1.0, 6.0]]]))
+    torch.testing.assert_close(advantages(scores[..., :1], base, "mean"), torch.tensor([[[-1.0]]]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "gpt_oss"])
+def test_padding_changes_nothing(family, side):
+    model = tiny.thinking_model(family, thought_tokens=2, ahead_tokens=2)
+    tokens, thoughts = tiny.text(1, 7), tiny.random_thoughts(model, 1, 7)
+    alone = Objective()(model, tokens, thoughts=thoughts)
+    wanted = gradients(model, alone.loss)
+    before, after = (3, 0) if side == "left" else (0, 3)
+    padded = torch.nn.functional.pad(tokens, (before, after))
+    mask = torch.nn.functional.pad(torch.ones_like(tokens), (before, after))
+    filled = torch.nn.functional.pad(thoughts, (0, 0, 0, 0, before, after), value=5)
+    output = Objective()(model, padded, attention_mask=mask, thoughts=filled)
+    found = gradients(model, output.loss)
+    for name in ("loss", "nll_base", "nll_talk", "policy_loss"):
+        assert relative(getattr(output, name), getattr(alone, name)) <= 1e-5, name
+    for name, gradient in wanted.items():
+        assert relative(found[name], gradient) <= 1e-5, name
+
+
+def test_packed_documents_do_not_see_each_other():
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
+    lengths = [5, 1, 4]
+    tokens, thoughts = tiny.text(1, 10), tiny.random_thoughts(model, 1, 10)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    together = talk(model, Text.from_inputs(tokens, position_ids=positions), model.qstar.grid(10), thoughts)
+    begin = 0
+    for length in lengths:
+        part = slice(begin, begin + length)
+        alone = talk(model, Text.from_inputs(tokens[:, part]), model.qstar.grid(length), thoughts[:, part])
+        torch.testing.assert_close(together.log_talk[:, part], alone.log_talk, rtol=0, atol=1e-5)
+        torch.testing.assert_close(together.log_base[:, part], alone.log_base, rtol=0, atol=1e-5)
+        assert torch.equal(together.targets[:, part], alone.targets)
+        begin += length
+
+
+def test_ignored_labels_are_read_but_not_learned():
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
+    tokens, thoughts = tiny.text(1, 9), tiny.random_thoughts(model, 1, 9)
+    labels = tokens.clone()
+    labels[0, :5] = -100
+    output = Objective()(model, tokens, labels=labels, thoughts=thoughts)
+    spoken = talk(model, Text.from_inputs(tokens), model.qstar.grid(9), thoughts)
+    expected = -spoken.log_base[0, 4:8].mean()
+    torch.testing.assert_close(output.nll_base, expected)
+    assert torch.isfinite(output.loss)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_documents_shorter_than_ahead_are_finite(length):
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=4)
+    tokens = tiny.text(2, length)
+    output = Objective()(model, tokens, thoughts=tiny.random_thoughts(model, 2, length))
+    for gradient in gradients(model, output.loss).values():
+        assert torch.isfinite(gradient).all()
+    assert float(output.policy_loss) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(baseline="median"), "baseline is 'median'"),
+        (dict(policy_weight=-1.0), "policy_weight is -1.0"),
+        (dict(temperature=-0.5), "temperature is -0.5"),
+        (dict(reinforce_temperature=0.0), "reinforce_temperature is 0.0"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**settings)
