@@ -1,0 +1,234 @@
+"""Models of every family: reading a grid, saving and loading, and being refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import tiny
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qstar import attention
+from qstar.compatibility import check_behaviour
+from qstar.grid import Text
+from qstar.model import CONFIG_FILE, MIXING_HEAD_FILE, QuietStarConfig, load, wrap
+from qstar.thoughts import advance, read_grid, read_text
+
+FAMILIES = sorted(tiny.FAMILIES)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_use_is_unchanged(family):
+    """The promise to other projects: without a thought grid, ``qstar`` is what the model had."""
+    model = tiny.plain_model(family)
+    tokens = tiny.text(2, 9)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    eager = model(tokens, attention_mask=mask).logits
+    generated = model.generate(tokens, attention_mask=mask, **options)
+    model.set_attn_implementation(attention.NAME)
+    torch.testing.assert_close(model(tokens, attention_mask=mask).logits[mask.bool()], eager[mask.bool()], rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.generate(tokens, attention_mask=mask, **options), generated)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_step_by_step_equals_packed(family):
+    model = tiny.thinking_model(family, thought_tokens=3, ahead_tokens=2)
+    tokens = tiny.text(2, 7)
+    mask = torch.ones_like(tokens)
+    mask[1, :2] = 0
+    text, grid = Text.from_inputs(tokens, mask), model.qstar.grid(7)
+    thoughts = tiny.random_thoughts(model, 2, 7)
+    packed = read_grid(model, text, grid, thoughts).unflatten(1, (7, grid.slots))
+    rows = grid.tokens(tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
+    rows = rows.unflatten(1, (7, grid.slots))[:, :, 1:].unflatten(2, (grid.rationales, -1))
+    cache, hidden = read_text(model, text, grid)
+    torch.testing.assert_close(hidden[mask.bool()], packed[:, :, 0][mask.bool()], rtol=1e-5, atol=1e-5)
+    rationales = packed[:, :, 1:].unflatten(2, (grid.rationales, -1))
+    for step in range(grid.rationale_length):
+        states = advance(model, text, cache, step, rows[..., step])
+        torch.testing.assert_close(states[mask.bool()], rationales[..., step, :][mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_thinking_at_the_last_positions_only():
+    model = tiny.thinking_model("mistral", thought_tokens=2, ahead_tokens=1)
+    text, grid = Text.from_inputs(tiny.text(2, 7)), model.qstar.grid(7)
+    tokens = tiny.random_thoughts(model, 2, 7)[..., 0]
+    everywhere, _ = read_text(model, text, grid)
+    last, _ = read_text(model, text, grid)
+    whole = advance(model, text, everywhere, 0, tokens)
+    part = advance(model, text, last, 0, tokens[:, -3:])
+    torch.testing.assert_close(part, whole[:, -3:], rtol=1e-5, atol=1e-5)
+
+
+def test_checkpointing_changes_nothing():
+    model = tiny.thinking_model("mistral", thought_tokens=2, ahead_tokens=2)
+    tokens, thoughts = tiny.text(1, 6), tiny.random_thoughts(model, 1, 6)
+    results = []
+    from qstar.losses import Objective
+
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        model.zero_grad()
+        Objective()(model, tokens, thoughts=thoughts).loss.backward()
+        results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        assert torch.equal(results[1][name], gradient), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_and_load(family, tmp_path):
+    model, tokenizer = tiny.thinking_model(family, thought_tokens=3, ahead_tokens=2), tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|startthought|>", "<|endthought|>"]})
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, words = load(tmp_path)
+    assert again.qstar == model.qstar
+    assert words.convert_tokens_to_ids("<|endthought|>") == model.qstar.end_token_id
+    state = model.state_dict()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    text, grid = Text.from_inputs(tiny.text(1, 6)), model.qstar.grid(6)
+    thoughts = tiny.random_thoughts(model, 1, 6)
+    assert torch.equal(read_grid(again, text, grid, thoughts), read_grid(model, text, grid, thoughts))
+
+
+@torch.no_grad()
+def test_a_saved_folder_is_an_ordinary_checkpoint(tmp_path, caplog):
+    model = tiny.thinking_model("llama")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "qstar" not in (tmp_path / "config.json").read_text()
+    with caplog.at_level(logging.WARNING):
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not caplog.records
+    assert type(plain) is transformers.LlamaForCausalLM
+    tokens = tiny.text(2, 8)
+    torch.testing.assert_close(plain(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+    rows = plain.get_input_embeddings().weight
+    assert torch.equal(rows[model.qstar.start_token_id], model.qstar_start)
+    generated = plain.generate(tokens, max_new_tokens=20, do_sample=True, pad_token_id=0)
+    assert not torch.isin(generated, torch.tensor([model.qstar.start_token_id, model.qstar.end_token_id])).any()
+
+
+def test_a_folder_that_lacks_something(tmp_path):
+    model = tiny.thinking_model("llama")
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / MIXING_HEAD_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match="mixing head is missing"):
+        load(tmp_path)
+    (tmp_path / CONFIG_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match="not the folder of a Quiet-STaR model"):
+        load(tmp_path)
+
+
+def test_wrapping_keeps_special_tokens_and_predictions():
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<keep>"]})
+    model = tiny.plain_model("llama")
+    tokens = tiny.text(1, 6)
+    before = model(tokens).logits
+    wrap(model, tokenizer)
+    assert "<keep>" in tokenizer.all_special_tokens
+    torch.testing.assert_close(model(tokens).logits[..., : len(tiny.WORDS)], before, rtol=1e-5, atol=1e-5)
+    dashes = tokenizer.convert_tokens_to_ids("---")
+    assert torch.equal(model.qstar_start, model.get_input_embeddings().weight[dashes])
+
+
+def test_wrapping_draws_no_tokens_at_random():
+    def wrapped():
+        model = tiny.plain_model("llama")
+        torch.manual_seed(5)
+        return wrap(model, tiny.tokenizer())
+
+    first, second = wrapped().state_dict(), wrapped().state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+REFUSED = {
+    "GPTJ": (dict(n_embd=32, n_layer=1, n_head=4, rotary_dim=4), "AttentionInterface"),
+    "GPTNeo": (dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]), "AttentionInterface"),
+    "Bloom": (dict(hidden_size=32, n_layer=1, n_head=4), "AttentionInterface"),
+    "Mamba2": (dict(hidden_size=32, num_hidden_layers=1, num_heads=8, head_dim=8, state_size=8, n_groups=1), ""),
+    "Lfm2": (
+        dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, layer_types=["conv", "full_attention"]),
+        "linear-attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_models_that_cannot_think_are_refused(name):
+    values, reason = REFUSED[name]
+    config = getattr(transformers, f"{name}Config")(vocab_size=len(tiny.WORDS), **values)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    before = type(model)
+    with pytest.raises(ValueError, match=f"{name}ForCausalLM.*{reason}"):
+        wrap(model, tiny.tokenizer())
+    assert type(model) is before
+
+
+def test_a_model_that_reads_ahead_is_refused():
+    model = tiny.plain_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    model.config.is_causal = False
+    with pytest.raises(ValueError, match="LlamaForCausalLM differs from the model's own"):
+        wrap(model, tiny.tokenizer())
+
+
+def test_a_head_of_another_form_is_refused():
+    model = tiny.plain_model("llama", vocab_size=40)
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: forward(hidden) * 2
+    with pytest.raises(ValueError, match="output head of LlamaForCausalLM differs"):
+        wrap(model, tiny.tokenizer())
+
+
+def test_the_check_restores_training_mode():
+    model = tiny.thinking_model("llama")
+    model.train()
+    check_behaviour(model)
+    assert model.training
+
+
+def test_attention_dropout_is_refused_on_a_grid():
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1)
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    model.train()
+    text = Text.from_inputs(tiny.text(1, 4))
+    with pytest.raises(ValueError, match="attention dropout is 0.1 in LlamaAttention"):
+        read_grid(model, text, model.qstar.grid(4), tiny.random_thoughts(model, 1, 4))
+
+
+def test_a_text_longer_than_the_model_is_refused():
+    model = tiny.thinking_model("gpt2", thought_tokens=4, ahead_tokens=4)
+    text = Text.from_inputs(tiny.text(1, 124))
+    with pytest.raises(ValueError, match="max_position_embeddings = 128"):
+        read_grid(model, text, model.qstar.grid(124), tiny.random_thoughts(model, 1, 124))
+
+
+@pytest.mark.parametrize("name", ["thought_tokens", "ahead_tokens", "rationales"])
+def test_wrong_sizes_are_named(name):
+    with pytest.raises(ValueError, match=f"{name} is 0"):
+        QuietStarConfig(1, 2, **{name: 0})
+
+
+def test_tokenizer_of_a_saved_folder(tmp_path):
+    model, tokenizer = tiny.plain_model("llama"), tiny.tokenizer()
+    wrap(model, tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.convert_tokens_to_ids("<|startthought|>") == model.qstar.start_token_id
