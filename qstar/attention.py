@@ -116,6 +116,7 @@ class _ThoughtCacheLayer(DynamicLayer):
         self.thought_values: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        key_states, value_states = _as_autocast(key_states, value_states)
         if self.cache.step is None:
             self.keys, self.values = key_states, value_states
             self.is_initialized = True
@@ -195,6 +196,7 @@ def qstar_attention(
             )
         if kwargs.get("position_bias") is not None:
             raise ValueError(f"{type(module).__name__} passes position_bias, which thought attention does not know")
+        query, key, value = _as_autocast(query, key, value)
         sinks = None if s_aux is None else s_aux.to(query.dtype)
         out = attention_mask.attend(module, query, key, value, scale=scaling, softcap=softcap, sinks=sinks)
         return out, None
@@ -209,6 +211,13 @@ def qstar_attention(
         options["s_aux"] = s_aux
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager(module, query, key, value, _additive(attention_mask, query, key), **options)
+
+
+def _as_autocast(*tensors: Tensor) -> Iterator[Tensor]:
+    """The tensors in autocast's dtype where it is on: rotary embeddings leave queries and keys in float32."""
+    device = tensors[0].device.type
+    enabled = torch.is_autocast_enabled(device)
+    return (x.to(torch.get_autocast_dtype(device)) if enabled else x for x in tensors)
 
 
 def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:

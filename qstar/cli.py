@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 USAGE = """usage: qstar [-h] {train,eval} ...
@@ -50,9 +50,7 @@ def _train(arguments: list[str]) -> None:
         prog="qstar train",
         description="Train a model to think. Without --model and --dataset, runs the embedded default.",
     )
-    # Only what was typed is passed on: the embedded default has defaults of its own.
-    parser.set_defaults(**{setting.name: argparse.SUPPRESS for setting in fields(QuietStarArguments)})
-    options = parser.add_argument_group("Quiet-STaR", argument_default=argparse.SUPPRESS)
+    options = parser.add_argument_group("Quiet-STaR")
     options.add_argument("--model", help="hub name or folder")
     options.add_argument("--dataset", help="hub name, or a .txt, .jsonl, .json or .parquet file")
     options.add_argument("--eval_dataset", "--eval-dataset", help="held-out text, evaluated as --eval_strategy says")
@@ -61,6 +59,8 @@ def _train(arguments: list[str]) -> None:
     options.add_argument("--rationales", type=int, help="r: thoughts at each position (2)")
     options.add_argument("--batch_size", "--batch-size", type=int, help="rows in a batch, on each device (8)")
     options.add_argument("--resume", dest="resume_from_checkpoint", action="store_true", help="go on with the last checkpoint")
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # what was not typed is left to train(): the embedded default has its own
     result = train(**vars(parser.parse_args(arguments)))
     print(f"saved in {result.folder}")
 

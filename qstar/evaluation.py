@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qstar.data import AnyDataset, PadRight, load_texts, pack
 from qstar.grid import IGNORED, Text
 from qstar.losses import talk
-from qstar.thoughts import evaluating, think
+from qstar.thoughts import evaluating, speak, think
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,30 @@ def evaluate(
         seed: of the thoughts, where they are sampled.
     """
     rows = pack(load_texts(dataset, split), tokenizer, seq_length, text_column)
-    loader = DataLoader(islice_rows(rows, max_rows), batch_size, collate_fn=PadRight(tokenizer.pad_token_id or 0))
+    loader = DataLoader(list(islice(rows, max_rows)), batch_size, collate_fn=PadRight(tokenizer.pad_token_id or 0))
     return evaluate_rows(model, loader, temperature=temperature, seed=seed)
 
 
-def islice_rows(rows: AnyDataset, most: int | None) -> list[dict]:
-    """The first ``most`` rows."""
-    return list(islice(rows, most))
+def choice_log_probs(
+    model: PreTrainedModel, prompts: Tensor, choices: Tensor, *, thinking: bool, thoughts: Tensor | None = None
+) -> Tensor:
+    """Log-probabilities of the permitted answers, normalised over them (the paper's zero-shot evaluation).
+
+    Args:
+        model: from :func:`qstar.wrap` or :func:`qstar.load`.
+        prompts: ``[B, N]`` int64, all of one length.
+        choices: permitted next tokens, ``[A]`` int64.
+        thinking: whether to think, greedily, before the answer.
+        thoughts: thoughts to read instead of the model's own, ``[B, K]`` int64.
+
+    Returns:
+        ``[B, A]``, nats.
+    """
+    text = Text.from_inputs(prompts)
+    grid = model.qstar.grid(prompts.shape[1], rationales=1)
+    if thoughts is None:
+        thoughts = think(model, text, grid, temperature=0.0, last=1)
+    base, mixed = speak(model, text, grid, thoughts.view(len(prompts), 1, 1, grid.thought_tokens))
+    states = mixed[:, 0, 0] if thinking else base[:, 0]
+    scores = model.language_head().log_prob(states.repeat_interleave(len(choices), 0), choices.repeat(len(prompts)))
+    return scores.detach().view(len(prompts), len(choices)).log_softmax(-1)

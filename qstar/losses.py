@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from qstar.attention import Packed
 from qstar.grid import IGNORED, Text, ThoughtGrid
 from qstar.thoughts import read_grid, think
 
@@ -83,6 +84,14 @@ def talk(model: PreTrainedModel, text: Text, grid: ThoughtGrid, thoughts: Tensor
         targets=targets,
         policy=policy,
     )
+
+
+def text_loss(model: PreTrainedModel, *args, **batch: Tensor) -> Tensor:
+    """Mean negative log-likelihood of a text without thoughts, nats; the batch as :meth:`qstar.grid.Text.from_inputs`."""
+    text = Text.from_inputs(*args, **batch)
+    hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start))
+    log_prob = model.language_head().log_prob(hidden.flatten(0, 1), text.targets.flatten())
+    return -_mean(log_prob, text.targets.flatten() != IGNORED)
 
 
 def advantages(scores: Tensor, base_scores: Tensor, baseline: str) -> Tensor:

@@ -62,7 +62,14 @@ def advance(model: PreTrainedModel, text: Text, cache: ThoughtCache, step: int, 
 
 @torch.no_grad()
 def think(
-    model: PreTrainedModel, text: Text, grid: ThoughtGrid, *, temperature: float, seed: int = 0, row_offset: int = 0
+    model: PreTrainedModel,
+    text: Text,
+    grid: ThoughtGrid,
+    *,
+    temperature: float,
+    seed: int = 0,
+    row_offset: int = 0,
+    last: int | None = None,
 ) -> Tensor:
     """Sample a thought for every rationale at every position (paper, section 4.2).
 
@@ -73,11 +80,13 @@ def think(
         temperature: of the distribution that tokens are drawn from; 0 takes the most probable token.
         seed: the same seed gives the same thoughts.
         row_offset: rows (batch, position, rationale) that other processes or batches have before these.
+        last: think at the last ``Nq`` positions only; at all of them by default.
 
     Returns:
-        Sampled tokens ``[B, N, r, K]`` int64; the start and end tokens are never among them.
+        Sampled tokens ``[B, Nq, r, K]`` int64; the start and end tokens are never among them.
     """
     batch, positions = text.tokens.shape
+    positions = positions if last is None else last
     thoughts = text.tokens.new_empty(batch, positions, grid.rationales, grid.thought_tokens)
     head = model.language_head()
     tokens = text.tokens.new_full(thoughts.shape[:3], model.qstar.start_token_id)
@@ -97,3 +106,23 @@ def read_grid(model: PreTrainedModel, text: Text, grid: ThoughtGrid, thoughts: T
     tokens = grid.tokens(text.tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
     layout = Packed(grid.slots, grid.rationales, start=text.start, backend=backend)
     return model.read(tokens, grid.position_ids(text.positions), layout)
+
+
+@torch.no_grad()
+def speak(model: PreTrainedModel, text: Text, grid: ThoughtGrid, thoughts: Tensor) -> tuple[Tensor, Tensor]:
+    """Read given thoughts ``[B, Nq, r, K]`` at the last positions of a text, to its end token.
+
+    Returns:
+        States that predict the next token: without a thought ``[B, Nq, E]``, and mixed with what each thought leads to
+        ``[B, Nq, r, E]``.
+    """
+    with evaluating(model):
+        cache, hidden = read_text(model, text, grid)
+        base = hidden[:, -thoughts.shape[1] :]
+        edge = torch.full_like(thoughts[..., :1], model.qstar.start_token_id)
+        tokens = torch.cat([edge, thoughts, torch.full_like(edge, model.qstar.end_token_id)], dim=-1)
+        for step in range(tokens.shape[-1]):
+            after = advance(model, text, cache, step, tokens[..., step])
+    index = torch.arange(base.shape[:2].numel(), device=base.device).repeat_interleave(grid.rationales)
+    mixed, _ = model.qstar_mixing_head(base.flatten(0, 1), after.flatten(0, 2), index, sigmoid=model.qstar.sigmoid)
+    return base, mixed.view_as(after)

@@ -36,6 +36,9 @@ class QuietStarArguments(TrainingArguments):
     per_device_train_batch_size: int = _setting(8, "Rows in a batch, on each device.")
     logging_steps: float = _setting(10, "Log every so many steps.")
     logging_nan_inf_filter: bool = _setting(False, "Leave losses that are not finite out of the log.")
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available, metadata={"help": "Pin batches in memory; of use with a GPU."}
+    )
     report_to: None | str | list[str] = _setting("none", "Where else to report metrics: wandb, tensorboard, ...")
 
     seq_length: int = _setting(256, "N: text tokens in a row.")

@@ -1,0 +1,155 @@
+"""The embedded default: the whole job on a task that a laptop can learn in minutes, and an honest table at its end."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from huggingface_hub.constants import HF_HOME
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from qstar.data import pack
+from qstar.embedded.pretrain import pretrained_model
+from qstar.embedded.task import EQUALS, WORKING, Problems, documents, problems
+from qstar.evaluation import choice_log_probs
+from qstar.losses import text_loss
+from qstar.model import wrap
+from qstar.report import table
+from qstar.trainer import QuietStarArguments, QuietStarTrainer
+from qstar.training import TrainResult, fit
+
+CACHE = Path(HF_HOME) / "quiet-star"
+REPORT_FILE = "report.json"
+PROBLEMS = 500
+
+SIZES = dict(thought_tokens=5, ahead_tokens=1, rationales=2)
+SETTINGS = dict(
+    learning_rate=3e-4,
+    mixing_head_lr_factor=10.0,
+    thought_embedding_lr_factor=1.0,
+    per_device_train_batch_size=12,
+    seq_length=48,
+    max_steps=100,
+    warmup_steps=0,
+    weight_decay=0.0,
+    logging_steps=5,
+    sample_steps=25,
+    gradient_norm_steps=50,
+    save_strategy="no",
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model answers held-out problems.
+
+    Attributes:
+        log_likelihood: mean log-probability of the right answer among the permitted ones, nats.
+        probability: mean probability of the right answer among the permitted ones, the paper's "accuracy".
+        accuracy: share of problems whose most probable permitted answer is right.
+    """
+
+    log_likelihood: float
+    probability: float
+    accuracy: float
+
+
+def run(folder: Path, sizes: dict[str, int], settings: dict[str, Any]) -> TrainResult:
+    """Pre-train, teach to think, train plainly beside it, and compare on held-out problems.
+
+    Args:
+        folder: for the model, its metrics and ``report.json``.
+        sizes: changes to ``SIZES``.
+        settings: changes to ``SETTINGS``, or any other field of :class:`qstar.trainer.QuietStarArguments`.
+    """
+    began = time.monotonic()
+    settings = SETTINGS | settings
+    args = QuietStarArguments(output_dir=str(folder), **settings)
+
+    print("1/4  a small decoder learns to write and to read workings")
+    model, tokenizer = pretrained_model(CACHE, args.seed)
+    set_seed(args.seed)
+    wrap(model, tokenizer, start_init=WORKING, end_init=EQUALS, **(SIZES | sizes))
+    plain = copy.deepcopy(model)
+    asked = problems(PROBLEMS, args.seed, tokenizer)
+    scores = {
+        "before, without thoughts": score(model, asked, thinking=False),
+        "before, with untrained thoughts": score(model, asked, thinking=True),
+    }
+
+    print("2/4  it learns to think")
+    rows = training_rows(tokenizer, args)
+    metrics = fit(model, tokenizer, args, rows)
+
+    print("3/4  beside it, a copy goes through as many steps of plain training")
+    plain_args = QuietStarArguments(**(settings | dict(output_dir=str(folder / "plain"), sample_steps=0)))
+    PlainTrainer(plain, plain_args, train_dataset=rows, processing_class=tokenizer).train()
+
+    print("4/4  both answer problems that they have not seen")
+    digits = random_digits(asked, model.qstar.thought_tokens, args.seed)
+    scores |= {
+        "plain training, without thoughts": score(plain, asked, thinking=False),
+        "trained to think, without thoughts": score(model, asked, thinking=False),
+        "trained to think, random digits as thoughts": score(model, asked, thinking=True, thoughts=digits),
+        "trained to think, with its thoughts": score(model, asked, thinking=True),
+    }
+    seconds = round(time.monotonic() - began)
+    report = {name: asdict(value) for name, value in scores.items()}
+    summary = dict(problems=PROBLEMS, steps=args.max_steps, seed=args.seed, seconds=seconds, scores=report)
+    (folder / REPORT_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"\n{report_table(scores)}\n\n{PROBLEMS} held-out problems; chance is 1 in {len(asked.choices)}; {seconds} s in all")
+    return TrainResult(model, tokenizer, {**metrics, "report": report}, folder)
+
+
+class PlainTrainer(QuietStarTrainer):
+    """The same Trainer on the likelihood of the text alone."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ):
+        loss = model(**inputs, objective=text_loss)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+
+def training_rows(tokenizer: PreTrainedTokenizerBase, args: QuietStarArguments) -> Dataset:
+    """As many packed rows as the training takes; every document is seen once."""
+    rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
+    shortest = min(len(tokenizer(text)["input_ids"]) + 1 for text in documents(100, args.seed))
+    texts = documents(rows * args.seq_length // shortest + 1, args.seed + 1)
+    return pack(Dataset.from_dict({args.text_column: texts}), tokenizer, args.seq_length, args.text_column)
+
+
+def score(model: PreTrainedModel, asked: Problems, *, thinking: bool, thoughts: Tensor | None = None) -> Score:
+    """How ``model`` answers, see :func:`qstar.evaluation.choice_log_probs`."""
+    choices, answers = torch.tensor(asked.choices), torch.tensor(asked.answers)
+    log_probs = choice_log_probs(model, torch.tensor(asked.prompts), choices, thinking=thinking, thoughts=thoughts)
+    right = log_probs[choices[None] == answers[:, None]]
+    return Score(
+        log_likelihood=right.mean().item(),
+        probability=right.exp().mean().item(),
+        accuracy=(choices[log_probs.argmax(-1)] == answers).float().mean().item(),
+    )
+
+
+def random_digits(asked: Problems, count: int, seed: int) -> Tensor:
+    """``count`` random digits for each problem, ``[P, count]``."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(asked.choices), (len(asked.prompts), count), generator=generator)
+    return torch.tensor(asked.choices)[drawn]
+
+
+def report_table(scores: dict[str, Score]) -> str:
+    """The scores as a text table."""
+    header = ["answers to held-out problems", "log-likelihood", "probability", "accuracy"]
+    rows = [
+        [name, f"{value.log_likelihood:.3f}", f"{value.probability:.1%}", f"{value.accuracy:.1%}"]
+        for name, value in scores.items()
+    ]
+    return table(header, rows)

@@ -1,0 +1,122 @@
+"""Running sums modulo ten: a corpus in which half of the documents show their working and half only the answer.
+
+    Q 1 3 5 0 8 = 7                     the answer alone
+    Q 1 3 5 0 8 = T 1 4 9 9 7 = 7       with the working: the sum of the first digit, of the first two, ...
+
+The answer is the sum of all digits. Each step of the working is easy, the answer in one step is not. The working's
+marker stands right after the first ``=``, where a thought about the answer begins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MODULUS = 10
+DIGITS = 5
+WORKING_SHARE = 0.5
+
+QUESTION, EQUALS, WORKING = "Q", "=", "T"
+END, UNKNOWN = "<|endoftext|>", "<|unknown|>"
+NUMBERS = tuple(str(number) for number in range(MODULUS))
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Problems as token ids, ``P`` of them.
+
+    Attributes:
+        prompts: up to and with the first ``=``; ``[P, DIGITS + 2]``.
+        workings: the working, without its marker; ``[P, DIGITS]``.
+        answers: ``[P]``.
+        choices: the permitted answers, one for each number; ``[MODULUS]``.
+        marker: what opens a working.
+        equals: what closes it.
+    """
+
+    prompts: list[list[int]]
+    workings: list[list[int]]
+    answers: list[int]
+    choices: list[int]
+    marker: int
+    equals: int
+
+
+def documents(count: int, seed: int, split: str = "train") -> list[str]:
+    """``count`` documents, the same for the same seed on every machine.
+
+    Args:
+        count: how many.
+        seed: any integer.
+        split: "train", "validation" or "test"; no problem is in two of them.
+    """
+    rng = random.Random(f"documents {split} {seed}")
+    return [_document(_digits(rng, split), rng.random() < WORKING_SHARE) for _ in range(count)]
+
+
+def problems(count: int, seed: int, tokenizer: PreTrainedTokenizerFast, split: str = "test") -> Problems:
+    """``count`` problems to ask, the same for the same seed; of the test split by default."""
+    rng = random.Random(f"problems {split} {seed}")
+    drawn = [_digits(rng, split) for _ in range(count)]
+    ids = tokenizer.convert_tokens_to_ids
+    sums = [running_sums(digits) for digits in drawn]
+    return Problems(
+        prompts=[ids([QUESTION, *map(str, digits), EQUALS]) for digits in drawn],
+        workings=[ids([*map(str, working)]) for working in sums],
+        answers=[ids(str(working[-1])) for working in sums],
+        choices=ids([*NUMBERS]),
+        marker=ids(WORKING),
+        equals=ids(EQUALS),
+    )
+
+
+def running_sums(digits: tuple[int, ...]) -> list[int]:
+    """The sums of the first, the first two, ... digits, modulo ``MODULUS``."""
+    return [total % MODULUS for total in accumulate(digits)]
+
+
+def split_of(digits: tuple[int, ...]) -> str:
+    """The split of a problem: a property of its digits, so that splits cannot overlap. One in 16 each is held out."""
+    digest = hashlib.sha256(" ".join(map(str, digits)).encode()).digest()
+    return {0: "test", 1: "validation"}.get(digest[0] % 16, "train")
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the task's words, one token each. Padding and end of text are one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [END, UNKNOWN, QUESTION, EQUALS, WORKING, *NUMBERS]
+    model = models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNKNOWN,
+        eos_token=END,
+        pad_token=END,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _digits(rng: random.Random, split: str) -> tuple[int, ...]:
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, but it must be one of {', '.join(map(repr, SPLITS))}")
+    while True:
+        digits = tuple(rng.randrange(MODULUS) for _ in range(DIGITS))
+        if split_of(digits) == split:
+            return digits
+
+
+def _document(digits: tuple[int, ...], working: bool) -> str:
+    sums = running_sums(digits)
+    shown = [WORKING, *sums, EQUALS] if working else []
+    return " ".join(map(str, [QUESTION, *digits, EQUALS, *shown, sums[-1]]))
