@@ -20,8 +20,16 @@ def visible(positions: int, passes: int, device: torch.device) -> Tensor:
     return torch.cat([text] + [own] * (passes - 1), dim=1)
 
 
-def masked_objective(model: PreTrainedModel, tokens: Tensor, *, beta: float = 1.0, tau: float = 3.0, seed: int = 0) -> Tensor:
-    """The loss for texts ``[B, N]``; thoughts are sampled from ``seed``."""
+def masked_objective(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    beta: float = 1.0,
+    tau: float = 3.0,
+    seed: int = 0,
+    thoughts: Tensor | None = None,
+) -> Tensor:
+    """The loss for texts ``[B, N]``; thoughts are sampled from ``seed``, or given, ``[B, N, r, K]``."""
     settings = model.qstar
     rationales, length, ahead = settings.rationales, settings.thought_tokens, settings.ahead_tokens
     generator = torch.Generator(tokens.device).manual_seed(seed)
@@ -58,8 +66,11 @@ def masked_objective(model: PreTrainedModel, tokens: Tensor, *, beta: float = 1.
     column = torch.full_like(copies, settings.start_token_id)
     for step in range(length):
         scores = logits(read(column, 1 + step))
-        drawn = torch.multinomial(scores.detach().softmax(-1).flatten(0, 1), 1, generator=generator)
-        column = drawn.view_as(copies)
+        if thoughts is None:
+            drawn = torch.multinomial(scores.detach().softmax(-1).flatten(0, 1), 1, generator=generator)
+        else:
+            drawn = thoughts[..., step].transpose(1, 2)
+        column = drawn.reshape(copies.shape)
         log_policy.append((scores / tau).log_softmax(-1).gather(-1, column[..., None])[..., 0])
     read(column, 1 + length)
 

@@ -292,7 +292,7 @@ def wrap(
     start, end = tokenizer.convert_tokens_to_ids([start_token, end_token])
     if max(start, end) >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    _attach(model, QuietStarConfig(start, end, thought_tokens, ahead_tokens, rationales, sigmoid))
+    attach(model, QuietStarConfig(start, end, thought_tokens, ahead_tokens, rationales, sigmoid))
     rows = model.get_input_embeddings().weight
     with torch.no_grad():
         for token, parameter, text in ((start, model.qstar_start, start_init), (end, model.qstar_end, end_init)):
@@ -319,12 +319,12 @@ def load(folder: str | Path, **kwargs) -> tuple[PreTrainedModel, PreTrainedToken
     config = QuietStarConfig.load(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     check_architecture(model)
-    _attach(model, config)
+    attach(model, config)
     model.load_thoughts(folder)
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def _attach(model: PreTrainedModel, config: QuietStarConfig) -> None:
+def attach(model: PreTrainedModel, config: QuietStarConfig) -> None:
     rows = model.get_input_embeddings().weight
     factory = dict(device=rows.device, dtype=rows.dtype)
     model.__class__ = quiet_star_class(type(model))

@@ -1,0 +1,166 @@
+"""The whole training step, without the optimizer: ours beside the masked path as the authors compute it.
+
+The shape is small: a Mistral of 4 layers, 256 wide, two rationales of 9 sampled tokens scored on 4 text tokens.
+The mixing head is not zero, so that rewards differ and policy rows meet the head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+from functools import partial
+from statistics import median
+from time import perf_counter
+
+import pytest
+import torch
+from masked_path import masked_objective
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from qstar.losses import Objective
+from qstar.model import QuietStarConfig, attach
+
+LENGTHS = [128, 256]
+THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES = 9, 4, 2
+
+
+def make_model(attention: str) -> PreTrainedModel:
+    """The model of the comparison; the same weights whatever its attention."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=None,
+        max_position_embeddings=4096,
+    )
+    model = MistralForCausalLM(config)
+    attach(model, QuietStarConfig(4094, 4095, THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES))
+    with torch.no_grad():
+        model.qstar_start.normal_(0, 0.02)
+        model.qstar_end.normal_(0, 0.02)
+        model.qstar_mixing_head.output.weight.normal_(0, 0.1)
+    model.set_attn_implementation(attention)
+    return model.train()
+
+
+def texts(length: int) -> Tensor:
+    """One row of random tokens, ``[1, N]``."""
+    return torch.randint(4094, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def our_step(model: PreTrainedModel, tokens: Tensor) -> None:
+    model.zero_grad(set_to_none=True)
+    Objective()(model, tokens).loss.backward()
+
+
+def masked_step(model: PreTrainedModel, tokens: Tensor) -> None:
+    model.zero_grad(set_to_none=True)
+    masked_objective(model, tokens).backward()
+
+
+STEPS = {"qstar": our_step, "sdpa": masked_step}
+
+
+def useful_flops(model: PreTrainedModel, length: int) -> float:
+    """Multiply-adds of matrices times two, forward and backward over the grid, and forward while thinking."""
+    config, settings = model.config, model.qstar
+    grid = settings.grid(length)
+    layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
+    width = config.num_attention_heads * config.head_dim
+    text_keys = length * (length + 1) / 2
+    thought_rows = length * settings.rationales * settings.thought_tokens
+    talk_rows = length * settings.rationales * settings.ahead_tokens
+    own_keys = length * settings.rationales * grid.rationale_length * (grid.rationale_length + 1) / 2
+    own_thought_keys = length * settings.rationales * settings.thought_tokens * (settings.thought_tokens + 1) / 2
+    head = 2 * config.hidden_size * config.vocab_size
+
+    packed = 2 * layers * length * grid.slots + config.num_hidden_layers * 4 * width * (grid.slots * text_keys + own_keys)
+    pairs = (1 + settings.rationales * settings.thought_tokens) * text_keys + own_thought_keys
+    thinking = 2 * layers * (length + thought_rows) + config.num_hidden_layers * 4 * width * pairs
+    mixing = talk_rows * 2 * sum(p.numel() for p in model.qstar_mixing_head.parameters() if p.dim() == 2)
+    scored = length + talk_rows + thought_rows / settings.rationales
+    return 3 * (packed + mixing + head * scored) + thinking + head * thought_rows
+
+
+def _report_peak(attention: str, length: int, queue: multiprocessing.Queue) -> None:
+    STEPS[attention](make_model(attention), texts(length))
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def peak_memory(attention: str, length: int) -> int:
+    """Peak resident memory in bytes of a process, Python included, that does nothing but one step."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_report_peak, args=(attention, length, queue))
+    process.start()
+    peak = queue.get(timeout=600)
+    process.join()
+    return peak
+
+
+def seconds(step, *arguments) -> float:
+    began = perf_counter()
+    step(*arguments)
+    return perf_counter() - began
+
+
+def paired_ratios(length: int, rounds: int) -> list[tuple[float, float]]:
+    """Seconds of the masked path and of ours, taken in turn."""
+    models = {name: make_model(name) for name in STEPS}
+    tokens = texts(length)
+    our_step(models["qstar"], tokens)
+    return [tuple(seconds(STEPS[name], models[name], tokens) for name in ("sdpa", "qstar")) for _ in range(rounds)]
+
+
+def check_agreement() -> None:
+    """Both paths find the same loss and gradients for the same thoughts."""
+    tokens = texts(12)
+    thoughts = torch.randint(4094, (1, 12, RATIONALES, THOUGHT_TOKENS), generator=torch.Generator().manual_seed(1))
+    ours, masked = make_model("qstar"), make_model("sdpa")
+    loss, expected = Objective()(ours, tokens, thoughts=thoughts).loss, masked_objective(masked, tokens, thoughts=thoughts)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    expected.backward()
+    for (name, parameter), other in zip(ours.named_parameters(), masked.parameters(), strict=True):
+        error = (parameter.grad - other.grad).norm() / other.grad.norm()
+        assert error < 1e-4, f"{name} differs by {error:.1e}"
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_training_step(benchmark, length):
+    check_agreement()
+    model = make_model("qstar")
+    pairs = paired_ratios(length, rounds=3)
+    benchmark.extra_info["ratio_to_masked_path"] = median(masked / ours for masked, ours in pairs)
+    benchmark.extra_info["masked_path_seconds"] = median(masked for masked, _ in pairs)
+    benchmark.extra_info["useful_gflop"] = useful_flops(model, length) / 1e9
+    benchmark.extra_info["peak_memory_gb"] = peak_memory("qstar", length) / 1e9
+    benchmark.extra_info["masked_path_peak_memory_gb"] = peak_memory("sdpa", length) / 1e9
+    benchmark.pedantic(partial(our_step, model, texts(length)), rounds=3, warmup_rounds=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="One training step at any length: seconds and peak memory of both paths.")
+    parser.add_argument("lengths", type=int, nargs="+")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    check_agreement()
+    for length in options.lengths:
+        pairs = paired_ratios(length, options.rounds)
+        masked, ours = (median(column) for column in zip(*pairs, strict=True))
+        ratio = median(masked / ours for masked, ours in pairs)
+        memory = [peak_memory(name, length) / 1e9 for name in ("sdpa", "qstar")]
+        print(
+            f"N {length}: masked path {masked:.2f} s, {memory[0]:.2f} GB; ours {ours:.2f} s, {memory[1]:.2f} GB; "
+            f"{ratio:.1f}x faster"
+        )
+
+
+if __name__ == "__main__":
+    main()
