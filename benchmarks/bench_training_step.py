@@ -70,7 +70,7 @@ STEPS = {"qstar": our_step, "sdpa": masked_step}
 def useful_flops(model: PreTrainedModel, length: int) -> float:
     """Multiply-adds of matrices times two, forward and backward over the grid, and forward while thinking."""
     config, settings = model.config, model.qstar
-    grid = settings.grid(length)
+    grid = model.grid(length)
     layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
     width = config.num_attention_heads * config.head_dim
     text_keys = length * (length + 1) / 2
@@ -80,7 +80,9 @@ def useful_flops(model: PreTrainedModel, length: int) -> float:
     own_thought_keys = length * settings.rationales * settings.thought_tokens * (settings.thought_tokens + 1) / 2
     head = 2 * config.hidden_size * config.vocab_size
 
-    packed = 2 * layers * length * grid.slots + config.num_hidden_layers * 4 * width * (grid.slots * text_keys + own_keys)
+    packed = 2 * layers * length * grid.slots + config.num_hidden_layers * 4 * width * (
+        grid.slots * text_keys + own_keys
+    )
     pairs = (1 + settings.rationales * settings.thought_tokens) * text_keys + own_thought_keys
     thinking = 2 * layers * (length + thought_rows) + config.num_hidden_layers * 4 * width * pairs
     mixing = talk_rows * 2 * sum(p.numel() for p in model.qstar_mixing_head.parameters() if p.dim() == 2)
@@ -123,7 +125,10 @@ def check_agreement() -> None:
     tokens = texts(12)
     thoughts = torch.randint(4094, (1, 12, RATIONALES, THOUGHT_TOKENS), generator=torch.Generator().manual_seed(1))
     ours, masked = make_model("qstar"), make_model("sdpa")
-    loss, expected = Objective()(ours, tokens, thoughts=thoughts).loss, masked_objective(masked, tokens, thoughts=thoughts)
+    loss, expected = (
+        Objective()(ours, tokens, thoughts=thoughts).loss,
+        masked_objective(masked, tokens, thoughts=thoughts),
+    )
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     loss.backward()
     expected.backward()
@@ -146,7 +151,9 @@ def test_training_step(benchmark, length):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="One training step at any length: seconds and peak memory of both paths.")
+    parser = argparse.ArgumentParser(
+        description="One training step at any length: seconds and peak memory of both paths."
+    )
     parser.add_argument("lengths", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

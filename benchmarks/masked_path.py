@@ -1,7 +1,7 @@
 """The reference masked-attention path: the objective as the authors' code computes it.
 
 One pass of the model for every token of a thought, each over all N columns, with gradient. Its keys are those of all
-passes so far under a dense mask [N, N*passes]; the batch is copied for every rationale; every pass meets the whole head.
+passes so far under a dense mask [N, N*passes]; the batch is copied for every rationale; every pass meets the head.
 """
 
 from __future__ import annotations

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from einops import rearrange
-from qstar_kernels import thought_attention, thought_attention_step
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from qstar_kernels import thought_attention, thought_attention_step
 
 NAME = "qstar"
 
@@ -121,7 +122,9 @@ class _ThoughtCacheLayer(DynamicLayer):
             self.keys, self.values = key_states, value_states
             self.is_initialized = True
             return key_states, value_states
-        keys, values = (rearrange(x, "b h (n r) d -> b h n r d", r=self.cache.rationales) for x in (key_states, value_states))
+        keys, values = (
+            rearrange(x, "b h (n r) d -> b h n r d", r=self.cache.rationales) for x in (key_states, value_states)
+        )
         if self.thought_keys is None:
             self.thought_keys, self.thought_values = (
                 x.new_empty(*x.shape[:4], self.cache.rationale_length, x.shape[4]) for x in (keys, values)

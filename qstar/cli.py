@@ -58,7 +58,9 @@ def _train(arguments: list[str]) -> None:
     options.add_argument("--ahead_tokens", "--ahead-tokens", type=int, help="m: text tokens a thought is scored on (4)")
     options.add_argument("--rationales", type=int, help="r: thoughts at each position (2)")
     options.add_argument("--batch_size", "--batch-size", type=int, help="rows in a batch, on each device (8)")
-    options.add_argument("--resume", dest="resume_from_checkpoint", action="store_true", help="go on with the last checkpoint")
+    options.add_argument(
+        "--resume", dest="resume_from_checkpoint", action="store_true", help="go on with the last checkpoint"
+    )
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # what was not typed is left to train(): the embedded default has its own
     result = train(**vars(parser.parse_args(arguments)))

@@ -22,11 +22,13 @@ def check_architecture(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} is an encoder-decoder, but only decoders can think")
     if not type(model)._can_set_attn_implementation():
         raise ValueError(
-            f"{name} does not take its attention from transformers' AttentionInterface, so thought attention cannot reach it"
+            f"{name} does not take its attention from transformers' AttentionInterface, where thought attention is"
         )
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers):
         raise ValueError(f"{name} has linear-attention or state-space layers: they mix thoughts into the text")
-    if getattr(config, "attention_chunk_size", None) or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+    if getattr(config, "attention_chunk_size", None) or "chunked_attention" in (
+        getattr(config, "layer_types", None) or ()
+    ):
         raise ValueError(f"{name} has chunked attention layers, which thought attention does not know")
     if model.get_output_embeddings() is None:
         raise ValueError(f"{name} has no language-model head")
@@ -63,7 +65,7 @@ def check_behaviour(model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = words[torch.randint(len(words), (1, 3), generator=generator).to(device)]
     thoughts = words[torch.randint(len(words), (1, 3, 2, 2), generator=generator).to(device)]
-    text, grid = Text.from_inputs(tokens), model.qstar.grid(3, rationales=2, thought_tokens=2, ahead_tokens=2)
+    text, grid = Text.from_inputs(tokens), model.grid(3, rationales=2, thought_tokens=2, ahead_tokens=2)
 
     with evaluating(model):
         packed = read_grid(model, text, grid, thoughts).unflatten(1, (grid.positions, grid.slots))[0]
@@ -81,7 +83,9 @@ def check_behaviour(model: PreTrainedModel) -> None:
         cache, hidden = read_text(model, text, grid)
         _compare(model, "text pass", hidden[0], packed[:, 0])
         for step in range(grid.rationale_length):
-            _compare(model, "step pass", advance(model, text, cache, step, rows[None, ..., step])[0], rationales[:, :, step])
+            _compare(
+                model, "step pass", advance(model, text, cache, step, rows[None, ..., step])[0], rationales[:, :, step]
+            )
 
         head = model.language_head()
         logits = model(input_ids=tokens, use_cache=False).logits[0].float()
@@ -96,6 +100,6 @@ def _compare(model: PreTrainedModel, what: str, ours: Tensor, plain: Tensor) -> 
     error = float((ours.double() - plain.double()).norm() / plain.double().norm().clamp(min=1e-9))
     if not error <= allowed:
         raise ValueError(
-            f"the {what} of {type(model).__name__} differs from the model's own by {error:.1e} (at most {allowed:.0e} is "
-            "allowed): this architecture cannot carry thoughts yet"
+            f"the {what} of {type(model).__name__} differs from the model's own by {error:.1e}, where {allowed:.0e} "
+            "is allowed: this architecture cannot carry thoughts"
         )

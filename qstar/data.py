@@ -20,12 +20,14 @@ LOADERS = {
 AnyDataset = Dataset | IterableDataset
 
 
-def load_texts(dataset: str | Path | AnyDataset | DatasetDict | IterableDatasetDict, split: str = "train") -> AnyDataset:
+def load_texts(
+    dataset: str | Path | AnyDataset | DatasetDict | IterableDatasetDict, split: str = "train"
+) -> AnyDataset:
     """The documents that ``dataset`` names.
 
     Args:
-        dataset: a hub name (streamed), a ``.txt`` (one document a paragraph), ``.jsonl``, ``.json`` or ``.parquet`` file,
-            or an object of ``datasets``.
+        dataset: a hub name (streamed), a ``.txt`` file (one document a paragraph), a ``.jsonl``, ``.json`` or
+            ``.parquet`` file, or an object of ``datasets``.
         split: the split of a hub dataset or of a dictionary of datasets.
 
     Raises:
@@ -52,7 +54,9 @@ def load_texts(dataset: str | Path | AnyDataset | DatasetDict | IterableDatasetD
     return load_dataset(str(dataset), split=split, streaming=True)
 
 
-def pack(texts: AnyDataset, tokenizer: PreTrainedTokenizerBase, seq_length: int, text_column: str = "text") -> AnyDataset:
+def pack(
+    texts: AnyDataset, tokenizer: PreTrainedTokenizerBase, seq_length: int, text_column: str = "text"
+) -> AnyDataset:
     """Tokenize documents and pack them into rows of at most ``seq_length`` tokens.
 
     Every document ends with the tokenizer's end-of-sequence token, where it has one. A row holds ``input_ids`` and

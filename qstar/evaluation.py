@@ -80,7 +80,7 @@ def evaluate_rows(
     with evaluating(model):
         for batch in batches:
             text = Text.from_inputs(**{name: value.to(device) for name, value in batch.items()})
-            grid = model.qstar.grid(text.tokens.shape[1], rationales=1)
+            grid = model.grid(text.tokens.shape[1], rationales=1)
             thoughts = think(model, text, grid, temperature=temperature, seed=seed, row_offset=row_offset)
             row_offset += text.tokens.numel()
             spoken = talk(model, text, grid, thoughts)
@@ -150,7 +150,7 @@ def choice_log_probs(
         ``[B, A]``, nats.
     """
     text = Text.from_inputs(prompts)
-    grid = model.qstar.grid(prompts.shape[1], rationales=1)
+    grid = model.grid(prompts.shape[1], rationales=1)
     if thoughts is None:
         thoughts = think(model, text, grid, temperature=0.0, last=1)
     base, mixed = speak(model, text, grid, thoughts.view(len(prompts), 1, 1, grid.thought_tokens))

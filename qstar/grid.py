@@ -36,7 +36,7 @@ class ThoughtGrid:
         return 1 + self.rationales * self.rationale_length
 
     def position_ids(self, text_positions: Tensor) -> Tensor:
-        """Position ids of the grid, ``[B, N*C]``: ``i`` for the text token, ``i + 1 + t`` for token ``t`` of a rationale.
+        """Position ids of the grid, ``[B, N*C]``: ``i`` for a text token, ``i + 1 + t`` for token ``t`` of a rationale.
 
         ``text_positions`` ``[B, N]`` int64 holds each text token's position in its document.
         """
@@ -47,9 +47,9 @@ class ThoughtGrid:
     def tokens(self, text: Tensor, thoughts: Tensor, start: int, end: int) -> Tensor:
         """Token ids of the grid, ``[B, N*C]`` int64.
 
-        ``text`` is ``[B, N]``, ``thoughts`` the sampled tokens ``[B, N, r, K]``, ``start`` and ``end`` the ids that open
-        and close a thought. Teacher-forced tokens past the end of the text repeat its last one: nothing that counts
-        is predicted from them.
+        ``text`` is ``[B, N]``, ``thoughts`` the sampled tokens ``[B, N, r, K]``, ``start`` and ``end`` the ids that
+        open and close a thought. Teacher-forced tokens past the end of the text repeat its last one: nothing that
+        counts is predicted from them.
         """
         following = text[:, self.ahead_positions(text.device)[:, 1:]]
         rationale = torch.cat(

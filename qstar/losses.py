@@ -87,7 +87,7 @@ def talk(model: PreTrainedModel, text: Text, grid: ThoughtGrid, thoughts: Tensor
 
 
 def text_loss(model: PreTrainedModel, *args, **batch: Tensor) -> Tensor:
-    """Mean negative log-likelihood of a text without thoughts, nats; the batch as :meth:`qstar.grid.Text.from_inputs`."""
+    """Mean negative log-likelihood of a text without thoughts, nats; the batch as ``Text.from_inputs`` takes it."""
     text = Text.from_inputs(*args, **batch)
     hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start))
     log_prob = model.language_head().log_prob(hidden.flatten(0, 1), text.targets.flatten())
@@ -156,9 +156,9 @@ class Objective:
         position_ids: Tensor | None = None,
         thoughts: Tensor | None = None,
     ) -> QuietStarOutput:
-        """Think about a batch (see :meth:`qstar.grid.Text.from_inputs`), or take ``thoughts`` ``[B, N, r, K]`` as given."""
+        """Think about a batch, as ``Text.from_inputs`` takes it, or take ``thoughts`` ``[B, N, r, K]`` as given."""
         text = Text.from_inputs(input_ids, attention_mask, labels, position_ids)
-        grid = model.qstar.grid(input_ids.shape[1])
+        grid = model.grid(input_ids.shape[1])
         if thoughts is None:
             thoughts = think(
                 model, text, grid, temperature=self.temperature, seed=self.seed, row_offset=self.row_offset

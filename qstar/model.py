@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from qstar_kernels import linear_log_prob, mix_hidden, sample_linear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from qstar import attention
 from qstar.compatibility import check_architecture, check_behaviour, disable_dropout
 from qstar.grid import ThoughtGrid
+from qstar_kernels import linear_log_prob, mix_hidden, sample_linear
 
 CONFIG_FILE = "qstar_config.json"
 MIXING_HEAD_FILE = "qstar/mixing_head.safetensors"
@@ -55,11 +55,6 @@ class QuietStarConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, but it must be an integer of at least 1")
-
-    def grid(self, positions: int, **changes: int) -> ThoughtGrid:
-        """The thought grid over ``positions`` text tokens; ``changes`` to r, K or m by their names here."""
-        sizes = dict(rationales=self.rationales, thought_tokens=self.thought_tokens, ahead_tokens=self.ahead_tokens)
-        return ThoughtGrid(positions, **(sizes | changes))
 
     @classmethod
     def load(cls, folder: str | Path) -> QuietStarConfig:
@@ -97,7 +92,9 @@ class MixingHead(nn.Module):
         from_thought = F.linear(thought, self.input.weight[:, width:])
         return F.relu(self.hidden(F.relu(from_base.index_select(0, base_index) + from_thought)))
 
-    def forward(self, base: Tensor, thought: Tensor, base_index: Tensor, sigmoid: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, base: Tensor, thought: Tensor, base_index: Tensor, sigmoid: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Mixed states ``[R, E]`` and weights ``[R]`` (fp32), see :func:`qstar_kernels.mix_hidden`."""
         features = self.features(base, thought, base_index)
         weight = self.output.weight[0].to(features.dtype)
@@ -163,16 +160,31 @@ class QuietStarMixin:
             states = torch.where((tokens == token)[..., None], (vector * scale).to(states.dtype), states)
         return states
 
+    def grid(self, positions: int, **changes: int) -> ThoughtGrid:
+        """The thought grid over ``positions`` text tokens; ``changes`` to r, K or m by their names in the settings.
+
+        Raises:
+            ValueError: it reaches beyond the positions that the model knows.
+        """
+        mine = self.qstar
+        sizes = dict(rationales=mine.rationales, thought_tokens=mine.thought_tokens, ahead_tokens=mine.ahead_tokens)
+        grid = ThoughtGrid(positions, **(sizes | changes))
+        limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if limit is not None and positions + grid.rationale_length > limit:
+            raise ValueError(
+                f"{positions} text tokens and {grid.rationale_length} tokens of a thought make more than the model's "
+                f"max_position_embeddings = {limit}: shorten one of them"
+            )
+        return grid
+
     def read(
-        self, tokens: Tensor, position_ids: Tensor, layout: attention.Layout, cache: attention.ThoughtCache | None = None
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        layout: attention.Layout,
+        cache: attention.ThoughtCache | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, ``[B, S, E]``, of tokens ``[B, S]`` laid out as ``layout`` says."""
-        limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if limit is not None and position_ids.shape[1] and int(position_ids.max()) >= limit:
-            raise ValueError(
-                f"the grid reaches position {int(position_ids.max())}, but the model has max_position_embeddings = {limit}: "
-                "shorten the text or the thoughts"
-            )
         with attention.layout(layout):
             output = self.base_model(
                 inputs_embeds=self.embed(tokens),
@@ -186,7 +198,9 @@ class QuietStarMixin:
         """The output head, its thought tokens forbidden."""
         config = self.config.get_text_config(decoder=True)
         head = self.get_output_embeddings()
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         forbidden = torch.tensor([self.qstar.start_token_id, self.qstar.end_token_id], device=head.weight.device)
         softcap = getattr(config, "final_logit_softcapping", None)
         return LanguageHead(head.weight, head.bias, scale, softcap, forbidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import exp
 
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +31,7 @@ def evaluation_table(result: Evaluation) -> str:
     header = ["log-likelihood (nats per token)", "without thoughts", "with thoughts", "gain"]
     return (
         f"{table(header, rows)}\n\n{result.tokens} tokens predicted; mean mixing weight {result.mixing_weight:.3f}; "
-        f"perplexity {result.summary()['perplexity_base']:.3f} without and {result.summary()['perplexity_talk']:.3f} with thoughts"
+        f"perplexity {exp(result.nll_base):.3f} without and {exp(result.nll_talk):.3f} with thoughts"
     )
 
 
@@ -47,7 +48,9 @@ def show_thoughts(
     shown = []
     for sample in range(1, samples + 1):
         i = sample * length // (samples + 1)
-        before, after = (tokenizer.decode(part) for part in (text[max(0, i + 1 - context) : i + 1], text[i + 1 : i + 5]))
+        before, after = (
+            tokenizer.decode(part) for part in (text[max(0, i + 1 - context) : i + 1], text[i + 1 : i + 5])
+        )
         thought = tokenizer.decode(thoughts[0, i, 0].tolist())
         shown.append({"before": before, "thought": thought, "after": after})
         tqdm.write(f"  {before!r} [{thought!r}] {after!r}")

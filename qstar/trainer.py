@@ -36,23 +36,22 @@ class QuietStarArguments(TrainingArguments):
     per_device_train_batch_size: int = _setting(8, "Rows in a batch, on each device.")
     logging_steps: float = _setting(10, "Log every so many steps.")
     logging_nan_inf_filter: bool = _setting(False, "Leave losses that are not finite out of the log.")
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.accelerator.is_available, metadata={"help": "Pin batches in memory; of use with a GPU."}
-    )
-    report_to: None | str | list[str] = _setting("none", "Where else to report metrics: wandb, tensorboard, ...")
+    dataloader_pin_memory: bool = _setting(torch.accelerator.is_available(), "Pin batches in memory, for a GPU.")
+    report_to: str | list[str] | None = _setting("none", "Where else to report metrics: wandb, tensorboard, ...")
 
     seq_length: int = _setting(256, "N: text tokens in a row.")
     text_column: str = _setting("text", "The column that holds the text.")
     policy_weight: float = _setting(
         1.0,
-        "beta: weight of the REINFORCE loss. The authors' code has 1e6, which the gradient clip throttles together with "
-        "every other gradient.",
+        "beta: weight of the REINFORCE loss. With the 1e6 of the authors' code the gradient clip throttles all else.",
     )
     thought_temperature: float = _setting(1.0, "Thoughts are sampled at this temperature.")
     reinforce_temperature: float = _setting(3.0, "Log-probabilities of sampled tokens are taken at this temperature.")
     baseline: str = _setting("mean", "What a thought is compared with.", choices=list(BASELINES))
     signed_advantages: bool = _setting(False, "Learn from thoughts that did worse than the baseline as well.")
-    thought_embedding_lr_factor: float = _setting(100.0, "Learning rate of start and end embeddings over learning_rate.")
+    thought_embedding_lr_factor: float = _setting(
+        100.0, "Learning rate of start and end embeddings over learning_rate."
+    )
     mixing_head_lr_factor: float = _setting(1.0, "Learning rate of the mixing head over learning_rate.")
     sample_steps: int = _setting(50, "Show thoughts every so many steps; 0 for never.")
     gradient_norm_steps: int = _setting(100, "Log both losses' gradient norms every so many steps; 0 for never.")
@@ -111,7 +110,9 @@ class QuietStarTrainer(Trainer):
         )
 
     def _due(self, every: int) -> bool:
-        return bool(every) and self.model.training and self.state.global_step % every == 0 and self._batch_of_step[1] == 0
+        return (
+            bool(every) and self.model.training and self.state.global_step % every == 0 and self._batch_of_step[1] == 0
+        )
 
     def _log_gradient_norms(self, model: nn.Module, output: QuietStarOutput) -> None:
         """Log both losses' gradient norms, so that one starving the other is seen."""

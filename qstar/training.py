@@ -56,8 +56,9 @@ def train(
 
     Args:
         model: a hub name, a folder (also of an earlier :func:`train`) or a model object.
-        dataset: a hub name (streamed), a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file, or a ``datasets`` object.
-        output_dir: folder for the result; the first free one of ``runs/quiet-star``, ``runs/quiet-star-2``, ... by default.
+        dataset: a hub name (streamed), a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file, a ``datasets`` object.
+        output_dir: folder for the result; by default the first free one of ``runs/quiet-star``,
+            ``runs/quiet-star-2``, ...
         thought_tokens: K, sampled tokens in a thought; 8 by default.
         ahead_tokens: m, text tokens that a thought is scored on; 4 by default.
         rationales: r, thoughts at each position; 2 by default.
@@ -99,7 +100,9 @@ def train(
     model, tokenizer = open_model(model, tokenizer, sizes)
     rows = pack(load_texts(dataset), tokenizer, args.seq_length, args.text_column)
     if isinstance(rows, IterableDataset) and args.max_steps <= 0:
-        raise ValueError(f"max_steps is {args.max_steps}, but a streamed dataset has no length: give the steps to train for")
+        raise ValueError(
+            f"max_steps is {args.max_steps}, but a streamed dataset has no length: give the steps to train for"
+        )
     held_out = None
     if eval_dataset is not None:
         held_out = pack(load_texts(eval_dataset, "test"), tokenizer, args.seq_length, args.text_column)
@@ -156,8 +159,8 @@ def _output_folder(output_dir: str | Path | None, resume: bool | str | None) -> 
         folder = Path(output_dir)
         if not resume and (folder / METRICS_FILE).exists():
             raise FileExistsError(
-                f"output_dir is {str(folder)!r}, but it holds an earlier run: pass resume_from_checkpoint=True to go on with "
-                "it, or choose another folder"
+                f"output_dir is {str(folder)!r}, but it holds an earlier run: go on with it by "
+                "resume_from_checkpoint=True, or choose another folder"
             )
         return folder
     default = Path("runs/quiet-star")

@@ -40,7 +40,9 @@ def test_split_by_role():
 
 def test_a_thought_may_be_scored_on_one_token():
     grid = ThoughtGrid(2, 1, 1, 1)
-    assert grid.tokens(torch.tensor([[7, 8]]), torch.tensor([[[[5]], [[6]]]]), 1, 2).tolist() == [[7, 1, 5, 2, 8, 1, 6, 2]]
+    assert grid.tokens(torch.tensor([[7, 8]]), torch.tensor([[[[5]], [[6]]]]), 1, 2).tolist() == [
+        [7, 1, 5, 2, 8, 1, 6, 2]
+    ]
 
 
 def test_plain_text():

@@ -56,7 +56,7 @@ def test_every_new_parameter_learns():
 def test_one_thought_changes_nothing_elsewhere():
     model = tiny.thinking_model(thought_tokens=3, ahead_tokens=2)
     text = Text.from_inputs(tiny.text(1, 8))
-    grid = model.qstar.grid(8)
+    grid = model.grid(8)
     thoughts = tiny.random_thoughts(model, 1, 8)
     changed = thoughts.clone()
     changed[0, 3, 1] = (changed[0, 3, 1] - 4 + 1) % 26 + 4
@@ -72,7 +72,7 @@ def test_talk_sees_no_later_text():
     model = tiny.thinking_model(thought_tokens=2, ahead_tokens=3)
     tokens = tiny.text(1, 9)
     thoughts = tiny.random_thoughts(model, 1, 9)
-    grid = model.qstar.grid(9)
+    grid = model.grid(9)
     before = talk(model, Text.from_inputs(tokens), grid, thoughts)
     for changed in range(1, 9):
         other = tokens.clone()
@@ -92,7 +92,7 @@ def test_untrained_head_changes_nothing(rationales, baseline):
     output = Objective(baseline=baseline, signed=True)(model, tokens, thoughts=tiny.random_thoughts(model, 3, 17))
     assert float(output.policy_loss) == 0
     assert float(output.rewarded) == 0
-    text, grid = Text.from_inputs(tokens), model.qstar.grid(17)
+    text, grid = Text.from_inputs(tokens), model.grid(17)
     spoken = talk(model, text, grid, tiny.random_thoughts(model, 3, 17))
     base = spoken.log_base[:, grid.ahead_positions(tokens.device)][:, :, None].expand_as(spoken.log_talk)
     counts = (spoken.targets != -100)[:, :, None].expand_as(base)
@@ -107,7 +107,7 @@ def test_sigmoid_head_starts_at_one_half():
 
 def test_permuting_rationales_permutes_results():
     model = tiny.thinking_model(thought_tokens=3, ahead_tokens=2, rationales=3)
-    text, grid = Text.from_inputs(tiny.text(2, 8)), model.qstar.grid(8)
+    text, grid = Text.from_inputs(tiny.text(2, 8)), model.grid(8)
     thoughts = tiny.random_thoughts(model, 2, 8)
     order = torch.tensor([2, 0, 1])
     ours = talk(model, text, grid, thoughts).log_talk
@@ -153,11 +153,11 @@ def test_packed_documents_do_not_see_each_other():
     lengths = [5, 1, 4]
     tokens, thoughts = tiny.text(1, 10), tiny.random_thoughts(model, 1, 10)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    together = talk(model, Text.from_inputs(tokens, position_ids=positions), model.qstar.grid(10), thoughts)
+    together = talk(model, Text.from_inputs(tokens, position_ids=positions), model.grid(10), thoughts)
     begin = 0
     for length in lengths:
         part = slice(begin, begin + length)
-        alone = talk(model, Text.from_inputs(tokens[:, part]), model.qstar.grid(length), thoughts[:, part])
+        alone = talk(model, Text.from_inputs(tokens[:, part]), model.grid(length), thoughts[:, part])
         torch.testing.assert_close(together.log_talk[:, part], alone.log_talk, rtol=0, atol=1e-5)
         torch.testing.assert_close(together.log_base[:, part], alone.log_base, rtol=0, atol=1e-5)
         assert torch.equal(together.targets[:, part], alone.targets)
@@ -170,7 +170,7 @@ def test_ignored_labels_are_read_but_not_learned():
     labels = tokens.clone()
     labels[0, :5] = -100
     output = Objective()(model, tokens, labels=labels, thoughts=thoughts)
-    spoken = talk(model, Text.from_inputs(tokens), model.qstar.grid(9), thoughts)
+    spoken = talk(model, Text.from_inputs(tokens), model.grid(9), thoughts)
     expected = -spoken.log_base[0, 4:8].mean()
     torch.testing.assert_close(output.nll_base, expected)
     assert torch.isfinite(output.loss)

@@ -44,7 +44,7 @@ def exact_gradient(model, tokens: Tensor) -> Tensor:
     """The gradient of the expected score, mean over the positions: every thought by its probability."""
     thoughts = torch.tensor(list(product(range(4, 4 + LETTERS), repeat=LENGTH)))
     copies = tokens.expand(len(thoughts), -1)
-    grid = model.qstar.grid(POSITIONS, rationales=1)
+    grid = model.grid(POSITIONS, rationales=1)
     placed = thoughts[:, None, None].expand(-1, POSITIONS, 1, -1)
     spoken = talk(model, Text.from_inputs(copies), grid, placed)
     log_policy = tiny.logits_of(model, spoken.policy).log_softmax(-1).gather(-1, placed[..., None])[..., 0].sum(-1)

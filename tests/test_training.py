@@ -17,7 +17,9 @@ from qstar.grid import Text
 from qstar.losses import Objective
 from qstar.trainer import QuietStarArguments, QuietStarTrainer
 
-QUIET = dict(report_to="none", disable_tqdm=True, sample_steps=0, gradient_norm_steps=0, save_strategy="no", seq_length=12)
+QUIET = dict(
+    report_to="none", disable_tqdm=True, sample_steps=0, gradient_norm_steps=0, save_strategy="no", seq_length=12
+)
 
 
 def texts(count: int = 24) -> Dataset:
@@ -27,9 +29,17 @@ def texts(count: int = 24) -> Dataset:
 
 
 def tiny_train(output_dir, dataset=None, model=None, **settings):
-    options = QUIET | dict(thought_tokens=2, ahead_tokens=2, batch_size=2, learning_rate=1e-3, max_steps=3, warmup_steps=0)
+    options = QUIET | dict(
+        thought_tokens=2, ahead_tokens=2, batch_size=2, learning_rate=1e-3, max_steps=3, warmup_steps=0
+    )
     model = tiny.plain_model("llama") if model is None else model
-    return train(model, texts() if dataset is None else dataset, tokenizer=tiny.tokenizer(), output_dir=output_dir, **(options | settings))
+    return train(
+        model,
+        texts() if dataset is None else dataset,
+        tokenizer=tiny.tokenizer(),
+        output_dir=output_dir,
+        **(options | settings),
+    )
 
 
 def records(folder) -> list[dict]:
@@ -57,7 +67,9 @@ def test_train_saves_all_that_load_needs(tmp_path):
 
 
 def test_training_lowers_the_loss(tmp_path):
-    before = evaluate(tiny.thinking_model(mixing=False, thought_tokens=2, ahead_tokens=2), tiny.tokenizer(), texts(), seq_length=12)
+    before = evaluate(
+        tiny.thinking_model(mixing=False, thought_tokens=2, ahead_tokens=2), tiny.tokenizer(), texts(), seq_length=12
+    )
     result = tiny_train(tmp_path / "run", max_steps=30, learning_rate=1e-2)
     after = evaluate(result.model, result.tokenizer, texts(), seq_length=12)
     assert after.nll_base < before.nll_base - 0.5

@@ -73,7 +73,9 @@ def plain_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, 
     return model.to(dtype).eval()
 
 
-def thinking_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, mixing: bool = True, **settings):
+def thinking_model(
+    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, mixing: bool = True, **settings
+):
     """A random model that thinks; with ``mixing`` its mixing head is not zero, so that thoughts count."""
     changes = settings.pop("changes", {})
     model = wrap(plain_model(family, seed, dtype, **changes), tokenizer(), **settings)
@@ -154,9 +156,7 @@ def plain_objective(
     terms = []
     for i in range(count - ahead):
         scores = torch.stack([sum(talk[k][i][p] for k in range(ahead)) for p in range(rationales)])
-        baseline = (
-            scores.mean() if rationales > 1 else sum(log_base[i + k, tokens[i + k + 1]] for k in range(ahead))
-        )
+        baseline = scores.mean() if rationales > 1 else sum(log_base[i + k, tokens[i + k + 1]] for k in range(ahead))
         advantage = (scores - baseline).detach()
         advantage = advantage if signed else advantage.clamp(min=0)
         terms += [advantage[p] * log_policy[i, p] for p in range(rationales)]

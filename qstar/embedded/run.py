@@ -104,7 +104,8 @@ def run(folder: Path, sizes: dict[str, int], settings: dict[str, Any]) -> TrainR
     report = {name: asdict(value) for name, value in scores.items()}
     summary = dict(problems=PROBLEMS, steps=args.max_steps, seed=args.seed, seconds=seconds, scores=report)
     (folder / REPORT_FILE).write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\n{report_table(scores)}\n\n{PROBLEMS} held-out problems; chance is 1 in {len(asked.choices)}; {seconds} s in all")
+    chance = f"chance is 1 in {len(asked.choices)}"
+    print(f"\n{report_table(scores)}\n\n{PROBLEMS} held-out problems, {chance}; {seconds} s in all")
     return TrainResult(model, tokenizer, {**metrics, "report": report}, folder)
 
 
