@@ -4,6 +4,8 @@
     log_prob = y[target] - logsumexp(y)           p = softmax(y)           entropy = - sum_v p log p
 
     d y = d_log_prob (onehot(target) - p) - d_entropy p (log p + entropy)
+
+The backward makes each chunk's y again. Log-probability and normaliser come from the same y, so none exceeds 0.
 """
 
 from __future__ import annotations
@@ -49,16 +51,16 @@ def _d_logits(
 ) -> Tensor:
     """Gradient of a chunk's logits before the soft-cap; ``cap`` bounds |y|. Overwrites ``y``."""
     slope = None if cap is None else (y / cap).square_().neg_().add_(1.0)
+    column = targets[:, None]
     if d_entropy is None:
         p = torch.softmax(y, -1, out=y)
+        d_y = p.scatter_(1, column, p.gather(1, column) - 1.0).mul_(-d_log_prob[:, None])
     else:
         log_p = torch.log_softmax(y, -1, out=y)
         p = log_p.exp()
-        surplus = log_p.add_(entropy[:, None]).mul_(p)
-    column = targets[:, None]
-    d_y = p.scatter_(1, column, p.gather(1, column) - 1.0).mul_(-d_log_prob[:, None])
-    if d_entropy is not None:
-        d_y.addcmul_(surplus, d_entropy[:, None], value=-1.0)
+        d_y = log_p.add_(entropy[:, None]).mul_(p).mul_(-d_entropy[:, None])
+        p.scatter_(1, column, p.gather(1, column) - 1.0)
+        d_y.addcmul_(p, d_log_prob[:, None], value=-1.0)
     if slope is not None:
         d_y.mul_(slope)
     return d_y if forbidden is None else d_y.index_fill_(1, forbidden, 0.0)
@@ -86,6 +88,8 @@ class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_log_prob, d_entropy=None):
+        if d_log_prob is None and d_entropy is None:
+            return (None,) * 8
         hidden, weight, bias, targets, forbidden, entropy = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = accumulator_dtype(hidden)
@@ -184,5 +188,5 @@ def linear_log_prob(
                 ignore_index=ignore_index,
                 return_entropy=return_entropy,
             )
-    logit_map = LogitMap(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
+    logit_map = LogitMap(temperature, logit_scale, softcap)
     return _LinearLogProb.apply(hidden, weight, bias, targets, forbidden, ignore_index, logit_map, bool(return_entropy))

@@ -17,6 +17,7 @@ from torch import Tensor
 from qstar_kernels.arguments import check_alike, check_number, check_tensor
 
 CPU_CHUNK_ELEMENTS = 2**24  # 64 MB in fp32: at V = 50k still 340 rows, below which the products slow down
+CPU_CHUNK_ROWS = 1024  # the products gain nothing from more, and a small vocabulary's logits stay in the cache
 GPU_CHUNK_ELEMENTS = 2**29  # 2 GB in fp32: 4096 rows at V = 128k, enough to amortise adding to dW
 
 
@@ -62,13 +63,15 @@ def logit_chunks(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield ``(rows, hidden[rows], y)`` by chunks of ``rows``; every ``y`` lives in the same buffer.
 
-    ``weight`` has been through :func:`as_operand`. ``y`` has V columns rounded up to ``column_multiple``, the extra ones
-    at -inf, and may be overwritten.
+    ``weight`` has been through :func:`as_operand`. ``y`` has V columns rounded up to ``column_multiple``, the extra
+    ones at -inf, and may be overwritten.
     """
     temperature, logit_scale, softcap = logit_map
     vocabulary = weight.shape[0]
-    limit = GPU_CHUNK_ELEMENTS if weight.is_cuda else CPU_CHUNK_ELEMENTS
-    height = max(1, limit // vocabulary)
+    if weight.is_cuda:
+        height = max(1, GPU_CHUNK_ELEMENTS // vocabulary)
+    else:
+        height = max(1, min(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // vocabulary))
     width = -(-vocabulary // column_multiple) * column_multiple
     buffer = hidden.new_empty(min(height, len(rows)), width, dtype=accumulator_dtype(hidden))
     gain = logit_scale / (temperature if softcap is None else softcap)
@@ -114,7 +117,9 @@ def check_head(
         check_number("softcap", softcap, above=0.0)
 
 
-def check_ids(vocabulary: int, forbidden: Tensor | None, targets: Tensor | None = None, ignore_index: int = -100) -> None:
+def check_ids(
+    vocabulary: int, forbidden: Tensor | None, targets: Tensor | None = None, ignore_index: int = -100
+) -> None:
     """Check token ids; the device is waited for once."""
 
     def outside(ids: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """The last layer of the mixing head and the interpolation it weighs.
 
-    w = features . head_weight   (its sigmoid, if asked)          u = base[base_index]          mixed = u + w (thought - u)
+    w = features . head_weight   (its sigmoid, if asked)      u = base[base_index]      mixed = u + w (thought - u)
 
     d_u = (1 - w) d_mixed      d_thought = w d_mixed      d_w = <d_mixed, thought - u>
+
+Rows that share a base state, as the rationales of a position do, name it by its index.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ class _MixHidden(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_mixed, d_w):
+        if d_mixed is None and d_w is None:
+            return (None,) * 6
         base, thought, features, head_weight, base_index, w = ctx.saved_tensors
         needs_base, needs_thought, needs_features, needs_head, *_ = ctx.needs_input_grad
         dtype = accumulator_dtype(thought)
@@ -107,7 +111,10 @@ def mix_hidden(
     backend = choose_backend(backend)
     check_tensor("thought", thought, "[R, E]", (None, None))
     rows, width = thought.shape
-    check_tensor("base", base, "[R, E]" if base_index is None else "[Rb, E]", (rows if base_index is None else None, width))
+    if base_index is None:
+        check_tensor("base", base, "[R, E]", (rows, width))
+    else:
+        check_tensor("base", base, "[Rb, E]", (None, width))
     check_alike("base", base, "thought", thought)
     dtypes = (torch.float64,) if thought.dtype == torch.float64 else (torch.float32, torch.bfloat16, torch.float16)
     check_tensor("features", features, "[R, E]", (rows, width), dtypes)

@@ -16,9 +16,16 @@ from torch import Tensor
 
 from qstar_kernels import reference
 from qstar_kernels.arguments import check_integer, check_number, choose_backend
-from qstar_kernels.lm_head.logits import LogitMap, accumulator_dtype, as_operand, check_head, check_ids
-from qstar_kernels.lm_head.logits import logit_chunks, without_autocast
-from qstar_kernels.lm_head.random_bits import row_uniforms
+from qstar_kernels.lm_head.logits import (
+    LogitMap,
+    accumulator_dtype,
+    as_operand,
+    check_head,
+    check_ids,
+    logit_chunks,
+    without_autocast,
+)
+from qstar_kernels.random_bits import row_uniforms
 
 TILE = 128
 
@@ -137,5 +144,5 @@ def sample_linear(
             )
         rows = torch.arange(len(hidden), device=hidden.device)
         uniforms = row_uniforms(seed, step, rows + row_offset)
-        logit_map = LogitMap(float(log_prob_temperature), float(logit_scale), None if softcap is None else float(softcap))
-        return _sample(hidden, weight, bias, forbidden, rows, uniforms, float(temperature), logit_map)
+        logit_map = LogitMap(log_prob_temperature, logit_scale, softcap)
+        return _sample(hidden, weight, bias, forbidden, rows, uniforms, temperature, logit_map)
