@@ -12,8 +12,8 @@ from torch import Tensor
 from qstar.grid import Text
 from qstar.losses import Objective, talk
 
-LETTERS, LENGTH, POSITIONS = 3, 2, 4
-CHUNKS, COPIES = 48, 48
+LETTERS, LENGTH, POSITIONS = 2, 2, 4
+CHUNKS, COPIES = 40, 64
 
 
 def model_of_few_letters(rationales: int):

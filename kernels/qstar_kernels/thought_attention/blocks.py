@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SCORES_ON_CPU = 2**20
+SCORES_ON_CPU = 2**19
 SCORES_ON_GPU = 2**26
 ROWS = 128
 
@@ -144,7 +144,7 @@ class BlockedScores:
     def rows(self, x: Tensor, block: Block) -> Tensor:
         """A block of x [B, Hkv, M, S, G, D] as rows [pairs, rows, D]."""
         x = x[block.queries].to(self.dtype)
-        return x.reshape(-1, block.size * self.width, x.shape[-1])
+        return x.reshape(-1, block.size * self.width, x.shape[-1]).contiguous()
 
     def own_keys(self, x: Tensor, block: Block) -> Tensor:
         """A block of x [B, Hkv, M, r, T, D] as [pairs * positions, r, T, D]."""

@@ -60,7 +60,7 @@ def thought_attention(
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
     check_tensor("q", q, "[B, Hq, N, C, D]", (None,) * 5)
-    batch, heads, positions, slots, width = q.shape
+    batch, _, positions, slots, width = q.shape
     check_tensor("k", k, "[B, Hkv, N, C, D]", (batch, None, positions, slots, width))
     check_tensor("v", v, "[B, Hkv, N, C, Dv]", (batch, k.shape[1], positions, slots, None))
     check_alike("k", k, "q", q)
@@ -68,7 +68,7 @@ def thought_attention(
     check_heads(q, "k", k)
     check_integer("rationales", rationales, at_least=1)
     if slots < 1 or (slots - 1) % rationales:
-        raise ValueError(f"q has {slots} slots a position, but it must have 1 + rationales*T, rationales = {rationales}")
+        raise ValueError(f"q has {slots} slots a position, but it must have 1 + T * rationales, rationales {rationales}")
     rules = check_rules(q, positions, scale, window, softcap, sinks, text_start)
     dense = choose_backend(backend) == "reference"
     with torch.autocast(q.device.type, enabled=False):
@@ -116,7 +116,7 @@ def thought_attention_step(
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
     check_tensor("q", q, "[B, Hq, Nq, r, D]", (None,) * 5)
-    batch, heads, queries, rationales, width = q.shape
+    batch, _, queries, rationales, width = q.shape
     check_tensor("k_text", k_text, "[B, Hkv, N, D]", (batch, None, None, width))
     kv_heads, positions = k_text.shape[1:3]
     check_tensor("v_text", v_text, "[B, Hkv, N, Dv]", (batch, kv_heads, positions, None))
