@@ -37,7 +37,6 @@ class QuietStarArguments(TrainingArguments):
     logging_steps: float = _setting(10, "Log every so many steps.")
     logging_nan_inf_filter: bool = _setting(False, "Leave losses that are not finite out of the log.")
     dataloader_pin_memory: bool = _setting(torch.accelerator.is_available(), "Pin batches in memory, for a GPU.")
-    report_to: str | list[str] | None = _setting("none", "Where else to report metrics: wandb, tensorboard, ...")
 
     seq_length: int = _setting(256, "N: text tokens in a row.")
     text_column: str = _setting("text", "The column that holds the text.")
