@@ -46,7 +46,7 @@ class Block(NamedTuple):
 
 
 def grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """[B, Hq, M, S, D] -> [B, Hkv, M, S, G, D], a view."""
+    """[B, Hq, M, S, ...] -> [B, Hkv, M, S, G, ...], a view."""
     return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).movedim(2, 4)
 
 

@@ -68,7 +68,7 @@ def thought_attention(
     check_heads(q, "k", k)
     check_integer("rationales", rationales, at_least=1)
     if slots < 1 or (slots - 1) % rationales:
-        raise ValueError(f"q has {slots} slots a position, but it must have 1 + T * rationales, rationales {rationales}")
+        raise ValueError(f"q has {slots} slots a position, but it must have 1 + T * {rationales} (rationales)")
     rules = check_rules(q, positions, scale, window, softcap, sinks, text_start)
     dense = choose_backend(backend) == "reference"
     with torch.autocast(q.device.type, enabled=False):
