@@ -20,6 +20,7 @@ from masked_path import masked_objective
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from qstar.cpu import keep_freed_memory
 from qstar.losses import Objective
 from qstar.model import QuietStarConfig, attach
 
@@ -29,6 +30,7 @@ THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES = 9, 4, 2
 
 def make_model(attention: str) -> PreTrainedModel:
     """The model of the comparison; the same weights whatever its attention."""
+    keep_freed_memory()  # as qstar.train does
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=4096,

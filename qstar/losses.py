@@ -49,6 +49,7 @@ class Talk:
     """Log-probabilities of the text, fp32 nats; 0 where there is nothing to predict.
 
     Attributes:
+        loss: ``(NLL_base + NLL_talk) / 2``; of all this it alone and ``policy`` carry gradients.
         log_base: without thoughts, ``[B, N]``.
         log_talk: of ``x_{i+k+1}`` after the thought at ``i``, ``[B, N, r, m]``.
         weight: of the thought in the mix, ``[B, N, r, m]``.
@@ -56,6 +57,7 @@ class Talk:
         policy: states that predict the sampled tokens, ``[B, N, r, K, E]``.
     """
 
+    loss: Tensor
     log_base: Tensor
     log_talk: Tensor
     weight: Tensor
@@ -75,12 +77,20 @@ def talk(model: PreTrainedModel, text: Text, grid: ThoughtGrid, thoughts: Tensor
     mixed, weight = model.qstar_mixing_head(
         base, after.flatten(0, 3), base_index.flatten(), sigmoid=model.qstar.sigmoid
     )
-    head = model.language_head()
-    log_talk = head.log_prob(mixed, repeat(targets, "b n m -> (b n r m)", r=grid.rationales))
+    talk_targets = repeat(targets, "b n m -> b n r m", r=grid.rationales)
+    total, log_prob = model.language_head().log_prob_sum(
+        torch.cat([base, mixed]),
+        torch.cat([text.targets.flatten(), talk_targets.flatten()]),
+        torch.cat(
+            [_shares(text.targets, (0, 1)).flatten(), _shares(talk_targets, (0, 1, 2)).flatten() / grid.ahead_tokens]
+        ),
+    )
+    log_base, log_talk = log_prob.split([len(base), len(mixed)])
     return Talk(
-        log_base=head.log_prob(base, text.targets.flatten()).view(batch, positions),
+        loss=-total / 2,
+        log_base=log_base.view(batch, positions),
         log_talk=log_talk.view_as(base_index),
-        weight=weight.view_as(base_index),
+        weight=weight.detach().view_as(base_index),
         targets=targets,
         policy=policy,
     )
@@ -171,24 +181,23 @@ class Objective:
         whole = counts.all(-1)
         advantage = self.advantage(spoken, grid) * whole[..., None]
         policy_loss = self.policy_loss(model, spoken.policy, thoughts, advantage, whole)
-        likelihood_loss = (nll_base + nll_talk) / 2
         return QuietStarOutput(
-            loss=likelihood_loss + self.policy_weight * policy_loss,
-            likelihood_loss=likelihood_loss,
+            loss=spoken.loss + self.policy_weight * policy_loss,
+            likelihood_loss=spoken.loss,
             policy_loss=policy_loss,
-            nll_base=nll_base.detach(),
-            nll_talk=nll_talk.detach(),
+            nll_base=nll_base,
+            nll_talk=nll_talk,
             reward=_mean(advantage.mean(-1), whole),
             rewarded=_mean((advantage != 0).float().mean(-1), whole),
-            mixing_weight=_mean(spoken.weight.detach().mean(2), counts),
+            mixing_weight=_mean(spoken.weight.mean(2), counts),
             thoughts=thoughts,
         )
 
     def advantage(self, spoken: Talk, grid: ThoughtGrid) -> Tensor:
         """The detached advantages ``[B, N, r]`` of the thoughts; clamped at 0 unless signed."""
-        log_base = spoken.log_base.detach()[:, grid.ahead_positions(spoken.log_base.device)]
+        log_base = spoken.log_base[:, grid.ahead_positions(spoken.log_base.device)]
         # A thought of weight 0 changed nothing; rounding in a product over other rows must not reward it.
-        log_talk = torch.where(spoken.weight == 0, log_base[:, :, None], spoken.log_talk).detach()
+        log_talk = torch.where(spoken.weight == 0, log_base[:, :, None], spoken.log_talk)
         advantage = advantages(log_talk.sum(-1), log_base.sum(-1), self.baseline)
         return advantage if self.signed else advantage.clamp(min=0)
 
@@ -205,11 +214,21 @@ class Objective:
             whole: positions all of whose ``m`` targets count, ``[B, N]``.
         """
         counted = advantage.nonzero(as_tuple=True)
-        log_prob = model.language_head().log_prob(
-            policy[counted].flatten(0, 1), thoughts[counted].flatten(), temperature=self.reinforce_temperature
+        length = thoughts.shape[-1]
+        share = advantage[counted] / (whole.sum() * thoughts.shape[2] * length).clamp(min=1)
+        total, _ = model.language_head().log_prob_sum(
+            policy[counted].flatten(0, 1),
+            thoughts[counted].flatten(),
+            share.repeat_interleave(length),
+            temperature=self.reinforce_temperature,
         )
-        per_thought = log_prob.view(-1, thoughts.shape[-1]).mean(-1)
-        return -(advantage[counted] * per_thought).sum() / (whole.sum() * thoughts.shape[2]).clamp(min=1)
+        return -total
+
+
+def _shares(targets: Tensor, over: tuple[int, ...]) -> Tensor:
+    """The weight of each target in the mean over the axes ``over``, ignored ones left out."""
+    counts = (targets != IGNORED).double()
+    return counts / counts.sum(over, keepdim=True).clamp(min=1)
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:

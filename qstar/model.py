@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from qstar import attention
 from qstar.compatibility import check_architecture, check_behaviour, disable_dropout
 from qstar.grid import ThoughtGrid
-from qstar_kernels import linear_log_prob, mix_hidden, sample_linear
+from qstar_kernels import linear_log_prob, linear_log_prob_sum, mix_hidden, sample_linear
 
 CONFIG_FILE = "qstar_config.json"
 MIXING_HEAD_FILE = "qstar/mixing_head.safetensors"
@@ -126,6 +126,15 @@ class LanguageHead:
         """Log-probabilities ``[R]`` (fp32) of targets ``[R]`` at hidden ``[R, E]``; 0 for ignored targets."""
         weight = self.weight.to(hidden.dtype)
         return linear_log_prob(hidden, weight, targets, temperature=temperature, **self._options(hidden))
+
+    def log_prob_sum(
+        self, hidden: Tensor, targets: Tensor, row_weight: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """The differentiable sum of ``row_weight`` ``[R]`` times log-probability, and the log-probabilities ``[R]``."""
+        weight = self.weight.to(hidden.dtype)
+        row_weight = row_weight.to(torch.promote_types(hidden.dtype, torch.float32))
+        options = self._options(hidden)
+        return linear_log_prob_sum(hidden, weight, targets, row_weight, temperature=temperature, **options)
 
     def sample(self, hidden: Tensor, *, seed: int, step: int, row_offset: int, temperature: float) -> Tensor:
         """Tokens ``[R]`` drawn at ``temperature``, the most probable ones at 0."""

@@ -11,6 +11,7 @@ import torch
 from datasets import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from qstar.cpu import keep_freed_memory
 from qstar.data import AnyDataset, load_texts, pack
 from qstar.model import CONFIG_FILE, QuietStarMixin, load, wrap
 from qstar.trainer import METRICS_FILE, QuietStarArguments, QuietStarTrainer
@@ -119,6 +120,8 @@ def fit(
     resume_from_checkpoint: bool | str | None = None,
 ) -> dict[str, Any]:
     """Train on packed rows, save model, tokenizer and settings into ``args.output_dir``, and return the metrics."""
+    if args.device.type == "cpu":
+        keep_freed_memory()
     trainer = QuietStarTrainer(model, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
     outcome = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model()

@@ -5,11 +5,12 @@ tokens), the interpolation of the mixing head, and the language-model head (log-
 sampling) without ever holding all logits. Each op takes ``backend="auto" | "reference" | "torch"``.
 """
 
-from qstar_kernels.lm_head import linear_log_prob, mix_hidden, sample_linear
+from qstar_kernels.lm_head import linear_log_prob, linear_log_prob_sum, mix_hidden, sample_linear
 from qstar_kernels.thought_attention import thought_attention, thought_attention_step
 
 __all__ = [
     "linear_log_prob",
+    "linear_log_prob_sum",
     "mix_hidden",
     "sample_linear",
     "thought_attention",

@@ -80,9 +80,7 @@ def thought_attention(
     """q [B, Hq, N, C, D], k [B, Hkv, N, C, D], v [B, Hkv, N, C, Dv] -> out [B, Hq, N, C, Dv], lse [B, Hq, N, C]."""
     positions, slots = q.shape[2:4]
     visible = thought_visibility(positions, slots, rationales, window, text_start, q.device)
-    out, lse = masked_attention(
-        q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), visible, scale, softcap, sinks
-    )
+    out, lse = masked_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), visible, scale, softcap, sinks)
     out, lse = out.unflatten(2, (positions, slots)), lse.unflatten(2, (positions, slots))
     return (out, lse) if return_lse else out
 

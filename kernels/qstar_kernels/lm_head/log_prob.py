@@ -125,6 +125,16 @@ class _LinearLogProb(torch.autograd.Function):
         )
 
 
+def check_rows(hidden, weight, targets, bias, temperature, logit_scale, softcap, forbidden, ignore_index) -> None:
+    """Check the arguments of a scored head."""
+    check_head(hidden, weight, bias, forbidden, logit_scale, softcap)
+    check_tensor("targets", targets, "[R]", (hidden.shape[0],), (torch.int64,))
+    check_alike("targets", targets, "hidden", hidden, dtype=False)
+    check_number("temperature", temperature, above=0.0)
+    check_integer("ignore_index", ignore_index)
+    check_ids(weight.shape[0], forbidden, targets, ignore_index)
+
+
 def linear_log_prob(
     hidden: Tensor,
     weight: Tensor,
@@ -167,12 +177,7 @@ def linear_log_prob(
             ``[0, V)`` nor ``ignore_index``, or it is forbidden.
     """
     backend = choose_backend(backend)
-    check_head(hidden, weight, bias, forbidden, logit_scale, softcap)
-    check_tensor("targets", targets, "[R]", (hidden.shape[0],), (torch.int64,))
-    check_alike("targets", targets, "hidden", hidden, dtype=False)
-    check_number("temperature", temperature, above=0.0)
-    check_integer("ignore_index", ignore_index)
-    check_ids(weight.shape[0], forbidden, targets, ignore_index)
+    check_rows(hidden, weight, targets, bias, temperature, logit_scale, softcap, forbidden, ignore_index)
 
     if backend == "reference":
         with without_autocast(hidden):

@@ -83,7 +83,9 @@ class StepAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k_text, v_text, k_own, v_own, sinks, rules):
         out, lse = empty_results(q, v_text.shape[-1])
-        if out.numel():
+        if q.shape[2] == k_text.shape[2] and flash.expressible(q, v_text, rules):
+            flash.attend_step(q, k_text, v_text, k_own, v_own, rules, out, lse)
+        elif out.numel():
             blocked.attend(q, k_text, v_text, k_own, v_own, rules, k_own.shape[4] - 1, out, lse)
         ctx.save_for_backward(q, k_text, v_text, k_own, v_own, out, lse, sinks, rules.text_start)
         ctx.rules = rules._replace(sinks=None, text_start=None)

@@ -78,12 +78,16 @@ def text_blocks(q: Tensor, kv_heads: int) -> Iterator[tuple[int, int, Tensor]]:
         yield start, stop, mask[None, None, : (stop - start) * width, last - start : last - start + stop]
 
 
+def attend_text_by_slot(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Fill out and lse with those of the text keys k, v [B, Hkv, N, D], every slot a head of its own."""
+    for x, part in zip((out, lse), flash(by_slot(q), k, v, scale), strict=True):
+        x.copy_(part.unflatten(1, (q.shape[1], q.shape[3])).transpose(2, 3))
+
+
 def attend_text(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
     """Fill out and lse with those of the text keys k, v [B, Hkv, N, D]."""
     if q.device.type != "cpu":
-        text = flash(by_slot(q), k, v, scale)
-        for x, part in zip((out, lse), text, strict=True):
-            x.copy_(part.unflatten(1, (q.shape[1], q.shape[3])).transpose(2, 3))
+        attend_text_by_slot(q, k, v, scale, out, lse)
         return
     rows = packed(q, k.shape[1])
     out, lse = grouped(out, k.shape[1]), grouped(lse, k.shape[1])
@@ -128,13 +132,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rationales: int, rules: Rules, out: 
     for here in rationale_slots(q, rationales):
         mine, mine_lse = flash(own(q, here), own(k, here), own(v, here), rules.scale)
         mine, mine_lse = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in (mine, mine_lse))
-        weight = torch.sigmoid(mine_lse - lse[..., here])
-        out[..., here, :].lerp_(mine, weight[..., None].to(q.dtype))
-        lse[..., here] = torch.logaddexp(lse[..., here], mine_lse)
+        merge(out[..., here, :], lse[..., here], mine, mine_lse)
     if rules.sinks is not None:
-        with_sinks = torch.logaddexp(lse, rules.sinks.to(lse.dtype)[:, None, None])
-        out.mul_(torch.exp(lse - with_sinks)[..., None])
-        lse.copy_(with_sinks)
+        add_sinks(out, lse, rules.sinks)
+
+
+def attend_step(q, k_text, v_text, k_own, v_own, rules: Rules, out: Tensor, lse: Tensor) -> None:
+    """Fill out [B, Hq, N, r, D] and lse [B, Hq, N, r]; a query's own key is the last of k_own [B, Hkv, N, r, t, D]."""
+    attend_text_by_slot(q, k_text, v_text, rules.scale, out, lse)
+    kv_heads = k_text.shape[1]
+    scores = packed(q, kv_heads) @ (k_own * rules.scale).mT
+    mine_lse = scores.logsumexp(dim=-1)
+    mine = scores.sub_(mine_lse[..., None]).exp_() @ v_own
+    merge(grouped(out, kv_heads), grouped(lse[..., None], kv_heads)[..., 0], mine, mine_lse)
+    if rules.sinks is not None:
+        add_sinks(out, lse, rules.sinks)
+
+
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add a part's keys to out [..., D] and lse [...]."""
+    out.lerp_(part, torch.sigmoid(part_lse - lse)[..., None].to(out.dtype))
+    lse.copy_(torch.logaddexp(lse, part_lse))
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Add every head's sink to the normaliser of out [B, Hq, N, C, D]."""
+    with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None, None])
+    out.mul_(torch.exp(lse - with_sinks)[..., None])
+    lse.copy_(with_sinks)
 
 
 def attend_backward(do, out, lse, q, k, v, rationales: int, rules: Rules, dq, dk, dv) -> None:

@@ -1,0 +1,117 @@
+"""The one-pass weighted sum of log-probabilities against the two-pass op and the specification."""
+
+import pytest
+import torch
+from storage_watch import StorageWatch
+
+from qstar_kernels import linear_log_prob, linear_log_prob_sum
+from qstar_kernels.lm_head import logits
+from qstar_kernels.testing import assert_close
+
+OPTIONS = [{}, {"temperature": 3.0}, {"logit_scale": 0.3}, {"softcap": 1.5, "temperature": 0.7, "logit_scale": 1.3}]
+
+
+def make_inputs(rows, vocabulary, width, bias, dtype=torch.float64):
+    torch.manual_seed(0)
+    shapes = [(rows, width), (vocabulary, width)] + [(vocabulary,)] * bias
+    tensors = [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+    targets = torch.randint(vocabulary, (rows,))
+    row_weight = torch.randn(rows, dtype=torch.promote_types(dtype, torch.float32))
+    return tensors, targets, row_weight
+
+
+def run(op, tensors, upstream=0.7):
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    total, log_prob = op(*leaves)
+    assert not log_prob.requires_grad
+    return total.detach(), log_prob, *torch.autograd.grad(total * upstream, leaves)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(logits, "CPU_CHUNK_ELEMENTS", 150)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("forbidden", [None, [0, 36, 5]])
+def test_total_and_gradients_are_the_references(small_chunks, options, bias, forbidden):
+    tensors, targets, row_weight = make_inputs(63, 37, 11, bias)
+    forbidden = None if forbidden is None else torch.tensor(forbidden)
+    if forbidden is not None:
+        targets[torch.isin(targets, forbidden)] = 7
+    targets[::5] = -100
+    row_weight[1::7] = 0
+
+    def op(backend):
+        def call(hidden, weight, bias=None):
+            return linear_log_prob_sum(
+                hidden, weight, targets, row_weight, bias=bias, forbidden=forbidden, backend=backend, **options
+            )
+
+        return call
+
+    for ours, wanted in zip(run(op("torch"), tensors), run(op("reference"), tensors), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_worse_than_that_of_the_two_pass_op(dtype):
+    tensors, targets, row_weight = make_inputs(100, 211, 33, False, dtype)
+
+    def one_pass(hidden, weight):
+        return linear_log_prob_sum(hidden, weight, targets, row_weight.to(accumulator(hidden)))
+
+    def two_pass(hidden, weight):
+        log_prob = linear_log_prob(hidden, weight, targets)
+        return (log_prob * row_weight.to(log_prob.dtype)).sum(), log_prob.detach()
+
+    def accumulator(tensor):
+        return torch.promote_types(tensor.dtype, torch.float32)
+
+    exact = run(two_pass, [tensor.double() for tensor in tensors])
+    for ours, other, wanted in zip(run(one_pass, tensors), run(two_pass, tensors), exact, strict=True):
+        error, allowed = ((value.double() - wanted).norm() for value in (ours, other))
+        assert error <= 1.5 * allowed + 1e-7 * wanted.norm()
+
+
+def test_every_row_is_multiplied_once_and_one_chunk_is_alive(monkeypatch):
+    monkeypatch.setattr(logits, "CPU_CHUNK_ELEMENTS", 16 * 4096)
+    tensors, targets, row_weight = make_inputs(64, 4096, 8, False, torch.float32)
+    with StorageWatch(at_least=16 * 4096 * 4) as watch:
+        total, _ = linear_log_prob_sum(*tensors, targets, row_weight)
+        total.backward()
+    forward = [product for product in watch.products if product[1:] == (8, 4096)]
+    assert sum(rows for rows, *_ in forward) == 64
+    assert watch.most_alive == 1
+
+
+def test_saved_gradients_serve_twice():
+    tensors, targets, row_weight = make_inputs(9, 13, 5, True)
+    hidden, weight, bias = tensors
+    total, _ = linear_log_prob_sum(hidden, weight, targets, row_weight, bias=bias)
+    first = torch.autograd.grad(total, tensors, retain_graph=True)
+    second = torch.autograd.grad(total, tensors)
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_without_gradients_nothing_but_the_scores_is_made():
+    tensors, targets, row_weight = make_inputs(9, 13, 5, False)
+    with torch.no_grad():
+        total, log_prob = linear_log_prob_sum(*tensors, targets, row_weight)
+    assert_close(log_prob, linear_log_prob(*tensors, targets).detach())
+    torch.testing.assert_close(total, (log_prob * row_weight).sum())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda weight: weight[:-1], ValueError, r"row_weight has shape \[8\]"),
+        (lambda weight: weight.float(), TypeError, "row_weight has dtype torch.float32"),
+        (lambda weight: None, TypeError, "row_weight must be a tensor"),
+    ],
+)
+def test_wrong_row_weights_are_named(change, error, message):
+    (hidden, weight), targets, row_weight = make_inputs(9, 13, 5, False)
+    with pytest.raises(error, match=message):
+        linear_log_prob_sum(hidden, weight, targets, change(row_weight))
