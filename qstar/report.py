@@ -8,6 +8,7 @@ from math import exp
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_callback import ProgressCallback
 
 from qstar.evaluation import Evaluation
 
@@ -33,6 +34,26 @@ def evaluation_table(result: Evaluation) -> str:
         f"{table(header, rows)}\n\n{result.tokens} tokens predicted; mean mixing weight {result.mixing_weight:.3f}; "
         f"perplexity {exp(result.nll_base):.3f} without and {exp(result.nll_talk):.3f} with thoughts"
     )
+
+
+class ProgressLine(ProgressCallback):
+    """The Trainer's progress bar, with a line of what matters in the place of everything that is logged."""
+
+    SHOWN = (
+        ("loss", "loss", ".4f"),
+        ("nll_base", "without thoughts", ".4f"),
+        ("nll_talk", "with", ".4f"),
+        ("reward", "reward", ".4f"),
+        ("mixing_weight", "mixing weight", ".3f"),
+        ("eval_nll_base", "held out: without thoughts", ".4f"),
+        ("eval_nll_talk", "with", ".4f"),
+    )
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.training_bar is not None and logs:
+            parts = [f"{label} {logs[name]:{form}}" for name, label, form in self.SHOWN if name in logs]
+            if parts:
+                self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(parts))
 
 
 def show_thoughts(

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from qstar.data import PadRight
 from qstar.evaluation import evaluate_rows
 from qstar.losses import BASELINES, Objective, QuietStarOutput
-from qstar.report import show_thoughts
+from qstar.report import ProgressLine, show_thoughts
 
 METRICS_FILE = "metrics.jsonl"
 LOGGED = ("likelihood_loss", "policy_loss", "nll_base", "nll_talk", "reward", "rewarded", "mixing_weight")
@@ -79,6 +80,8 @@ class QuietStarTrainer(Trainer):
         tokenizer = kwargs.get("processing_class")
         kwargs.setdefault("data_collator", PadRight(getattr(tokenizer, "pad_token_id", None) or 0))
         super().__init__(model, args, **kwargs)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ProgressLine)
         self.objective = args.objective()
         self._seen: dict[str, list[Tensor]] = defaultdict(list)
         self._batch_of_step = (-1, 0)

@@ -92,13 +92,13 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path):
         assert torch.equal(tensor, whole[name]), name
 
 
-def test_accumulated_batches_equal_one_batch():
+def test_accumulated_batches_equal_one_batch(tmp_path):
     """The same rows as one batch of four or as two of two: the same thoughts, the same gradient."""
     rows = [{"input_ids": tiny.text(1, 10, seed)[0].tolist(), "position_ids": list(range(10))} for seed in range(4)]
     model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
     gradients, drawn = [], []
     for size in (4, 2):
-        args = QuietStarArguments(per_device_train_batch_size=size, **QUIET)
+        args = QuietStarArguments(str(tmp_path), per_device_train_batch_size=size, **QUIET)
         trainer = QuietStarTrainer(model, args, train_dataset=rows)
         model.zero_grad()
         thoughts = []
@@ -114,9 +114,11 @@ def test_accumulated_batches_equal_one_batch():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_learning_rates_of_the_new_parameters():
+def test_learning_rates_of_the_new_parameters(tmp_path):
     model = tiny.thinking_model(thought_tokens=2, ahead_tokens=1)
-    args = QuietStarArguments(learning_rate=1e-3, mixing_head_lr_factor=10, thought_embedding_lr_factor=100, **QUIET)
+    args = QuietStarArguments(
+        str(tmp_path), learning_rate=1e-3, mixing_head_lr_factor=10, thought_embedding_lr_factor=100, **QUIET
+    )
     optimizer = QuietStarTrainer(model, args).create_optimizer()
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert len(rates) == len(list(model.parameters()))
