@@ -6,7 +6,7 @@ path holds; its making is not timed, since a model makes it once for all layers.
 
 import pytest
 import torch
-from bench_lm_head import compare
+from paired import compare
 from torch.nn import functional as F
 
 from qstar_kernels import thought_attention

@@ -17,7 +17,7 @@ def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def relative(ours: torch.Tensor, other: torch.Tensor, floor: float = 1e-3) -> float:
-    return float((ours - other).norm() / other.norm().clamp(min=floor))
+    return float((ours - other).detach().norm() / other.detach().norm().clamp(min=floor))
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
