@@ -13,7 +13,7 @@ from qstar_kernels import thought_attention
 from qstar_kernels.reference import thought_visibility
 from qstar_kernels.testing import AttentionCase, attention_inputs, relative_error
 
-POSITIONS = [128, 256, 512]
+POSITIONS = [128, 256, 512, 1024]
 CASE = AttentionCase(batch=1, heads=8, kv_heads=4, rationales=1, tokens=12, width=64, value_width=64)
 
 

@@ -213,7 +213,11 @@ def qstar_attention(
     if s_aux is not None:
         options["s_aux"] = s_aux
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    return eager(module, query, key, value, _additive(attention_mask, query, key), **options)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if attention_mask is not None or causal:
+        attention_mask = _additive(attention_mask, query, key)
+    return eager(module, query, key, value, attention_mask, **options)
 
 
 def _as_autocast(*tensors: Tensor) -> Iterator[Tensor]:

@@ -53,7 +53,9 @@ def _train(arguments: list[str]) -> None:
     options = parser.add_argument_group("Quiet-STaR")
     options.add_argument("--model", help="hub name or folder")
     options.add_argument("--dataset", help="hub name, or a .txt, .jsonl, .json or .parquet file")
-    options.add_argument("--eval_dataset", "--eval-dataset", help="held-out text, evaluated as --eval_strategy says")
+    options.add_argument(
+        "--eval_dataset", "--eval-dataset", help="held-out text, evaluated as --eval_strategy says, or at the end"
+    )
     options.add_argument("--thought_tokens", "--thought-tokens", type=int, help="K: sampled tokens in a thought (8)")
     options.add_argument("--ahead_tokens", "--ahead-tokens", type=int, help="m: text tokens a thought is scored on (4)")
     options.add_argument("--rationales", type=int, help="r: thoughts at each position (2)")
@@ -84,11 +86,15 @@ def _eval(arguments: list[str]) -> None:
     options = vars(parser.parse_args(arguments))
     folder, output = options.pop("folder"), options.pop("output")
 
+    import torch
+
     from qstar.evaluation import evaluate
     from qstar.model import load
     from qstar.report import evaluation_table
 
     model, tokenizer = load(folder)
+    if torch.cuda.is_available():
+        model.cuda()
     result = evaluate(model, tokenizer, **options)
     print(evaluation_table(result))
     path = output or folder / "eval.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import torch
 from torch import Tensor, nn
@@ -35,18 +36,18 @@ def check_architecture(model: PreTrainedModel) -> None:
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
-    """Set every dropout of ``model`` to 0: thoughts must be scored by the model that sampled them."""
+    """Set every dropout and jitter of ``model`` to 0: thoughts must be scored by the model that sampled them."""
     found = set()
     for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p:
-            found.add(module.p)
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float) and module.attention_dropout:
-            found.add(module.attention_dropout)
-            module.attention_dropout = 0.0
+        for name, value in list(vars(module).items()):
+            noise = name == "p" if isinstance(module, nn.Dropout) else re.search("drop|jitter", name)
+            if noise and isinstance(value, float) and value:
+                found.add(f"{type(module).__name__}.{name} = {value}")
+                setattr(module, name, 0.0)
     if found:
-        rates = ", ".join(map(str, sorted(found)))
-        logger.warning("dropout %s set to 0: thoughts must be scored by the model that sampled them", rates)
+        logger.warning(
+            "noise is set to 0, so that the model that samples a thought scores it: %s", ", ".join(sorted(found))
+        )
 
 
 @torch.no_grad()
@@ -54,7 +55,8 @@ def check_behaviour(model: PreTrainedModel) -> None:
     """Compare tiny passes over a thought grid with the model's own plain passes.
 
     Raises:
-        ValueError: the output head, the packed pass or the step-by-step pass gives other results.
+        ValueError: the output head, the packed pass or the step-by-step pass gives other results, or a pass in
+            training does.
     """
     from qstar.grid import Text
     from qstar.thoughts import advance, evaluating, read_grid, read_text
@@ -92,6 +94,11 @@ def check_behaviour(model: PreTrainedModel) -> None:
         logits[:, head.forbidden] = -torch.inf
         plain = logits.log_softmax(-1).gather(-1, tokens[0, :, None])[:, 0]
         _compare(model, "output head", head.log_prob(packed[:, 0], tokens[0]), plain)
+    training = model.training
+    model.train()
+    again = read_grid(model, text, grid, thoughts).unflatten(1, (grid.positions, grid.slots))[0]
+    model.train(training)
+    _compare(model, "pass in train()", again, packed)
 
 
 def _compare(model: PreTrainedModel, what: str, ours: Tensor, plain: Tensor) -> None:

@@ -11,6 +11,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qstar.grid import IGNORED
+
 LOADERS = {
     ".txt": ("text", {"sample_by": "paragraph"}),
     ".json": ("json", {}),
@@ -61,15 +63,15 @@ def pack(
 
     Every document ends with the tokenizer's end-of-sequence token, where it has one. A row holds ``input_ids`` and
     ``position_ids``, which start again at 0 with each document: no thought looks into another document. The last
-    row of every thousand documents may be shorter; nothing is dropped.
+    row of every thousand documents may be shorter; only a row of a single token is dropped.
 
     Raises:
         ValueError: ``text_column`` is not a column, or ``seq_length`` is below 2.
     """
     if seq_length < 2:
         raise ValueError(f"seq_length is {seq_length}, but it must be at least 2")
-    columns = texts.column_names
-    if columns is not None and text_column not in columns:
+    columns = texts.column_names or list(next(iter(texts), {text_column: None}))
+    if text_column not in columns:
         raise ValueError(f"text_column is {text_column!r}, but the dataset has {', '.join(map(repr, columns))}")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -100,20 +102,19 @@ def _rows(documents: list[list[int]], seq_length: int) -> Iterator[tuple[list[in
 
 @dataclass
 class PadRight:
-    """Collate packed rows, the shorter ones padded on the right."""
+    """Collate rows of ``input_ids``, and ``position_ids`` or ``labels`` where they have them, padded on the right."""
 
     pad_token_id: int = 0
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        fills = {"input_ids": self.pad_token_id, "position_ids": 0, "labels": IGNORED, "attention_mask": 0}
         length = max(len(row["input_ids"]) for row in rows)
-        batch = {
-            "input_ids": torch.full((len(rows), length), self.pad_token_id),
-            "position_ids": torch.zeros(len(rows), length, dtype=torch.int64),
-            "attention_mask": torch.zeros(len(rows), length, dtype=torch.int64),
-        }
-        for i, row in enumerate(rows):
-            size = len(row["input_ids"])
-            batch["input_ids"][i, :size] = torch.as_tensor(row["input_ids"])
-            batch["position_ids"][i, :size] = torch.as_tensor(row["position_ids"])
-            batch["attention_mask"][i, :size] = 1
+        batch = {}
+        for name in dict.fromkeys([*rows[0], "attention_mask"]):
+            if name not in fills:
+                raise ValueError(f"rows hold {name!r}, but they must hold {', '.join(map(repr, fills))} only")
+            batch[name] = torch.full((len(rows), length), fills[name])
+            for i, row in enumerate(rows):
+                values = row.get(name, [1] * len(row["input_ids"]) if name == "attention_mask" else None)
+                batch[name][i, : len(values)] = torch.as_tensor(values)
         return batch

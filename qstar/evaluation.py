@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qstar.data import AnyDataset, PadRight, load_texts, pack
 from qstar.grid import IGNORED, Text
-from qstar.losses import talk
+from qstar.losses import read_batch, talk
 from qstar.thoughts import evaluating, speak, think
 
 
@@ -79,7 +79,7 @@ def evaluate_rows(
     row_offset = 0
     with evaluating(model):
         for batch in batches:
-            text = Text.from_inputs(**{name: value.to(device) for name, value in batch.items()})
+            text = read_batch(model, **{name: value.to(device) for name, value in batch.items()})
             grid = model.grid(text.tokens.shape[1], rationales=1)
             thoughts = think(model, text, grid, temperature=temperature, seed=seed, row_offset=row_offset)
             row_offset += text.tokens.numel()
@@ -147,13 +147,14 @@ def choice_log_probs(
         thoughts: thoughts to read instead of the model's own, ``[B, K]`` int64.
 
     Returns:
-        ``[B, A]``, nats.
+        ``[B, A]``, nats, on the device of ``prompts``.
     """
-    text = Text.from_inputs(prompts)
+    device = model.get_input_embeddings().weight.device
+    text, choices = Text.from_inputs(prompts.to(device)), choices.to(device)
     grid = model.grid(prompts.shape[1], rationales=1)
     if thoughts is None:
         thoughts = think(model, text, grid, temperature=0.0, last=1)
-    base, mixed = speak(model, text, grid, thoughts.view(len(prompts), 1, 1, grid.thought_tokens))
+    base, mixed = speak(model, text, grid, thoughts.to(device).view(len(prompts), 1, 1, grid.thought_tokens))
     states = mixed[:, 0, 0] if thinking else base[:, 0]
     scores = model.language_head().log_prob(states.repeat_interleave(len(choices), 0), choices.repeat(len(prompts)))
-    return scores.detach().view(len(prompts), len(choices)).log_softmax(-1)
+    return scores.detach().view(len(prompts), len(choices)).log_softmax(-1).to(prompts.device)

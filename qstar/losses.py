@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange, repeat
@@ -79,7 +79,7 @@ def talk(model: PreTrainedModel, text: Text, grid: ThoughtGrid, thoughts: Tensor
     )
     talk_targets = repeat(targets, "b n m -> b n r m", r=grid.rationales)
     total, log_prob = model.language_head().log_prob_sum(
-        torch.cat([base, mixed]),
+        torch.cat([base.to(mixed.dtype), mixed]),
         torch.cat([text.targets.flatten(), talk_targets.flatten()]),
         torch.cat(
             [_shares(text.targets, (0, 1)).flatten(), _shares(talk_targets, (0, 1, 2)).flatten() / grid.ahead_tokens]
@@ -96,9 +96,16 @@ def talk(model: PreTrainedModel, text: Text, grid: ThoughtGrid, thoughts: Tensor
     )
 
 
+def read_batch(model: PreTrainedModel, *args: Tensor | None, **batch: Tensor) -> Text:
+    """A batch as :meth:`qstar.grid.Text.from_inputs` takes it; thought tokens in the text are read, never learned."""
+    text = Text.from_inputs(*args, **batch)
+    said = torch.isin(text.targets, model.language_head().forbidden)
+    return replace(text, targets=text.targets.masked_fill(said, IGNORED))
+
+
 def text_loss(model: PreTrainedModel, *args, **batch: Tensor) -> Tensor:
     """Mean negative log-likelihood of a text without thoughts, nats; the batch as ``Text.from_inputs`` takes it."""
-    text = Text.from_inputs(*args, **batch)
+    text = read_batch(model, *args, **batch)
     hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start))
     log_prob = model.language_head().log_prob(hidden.flatten(0, 1), text.targets.flatten())
     return -_mean(log_prob, text.targets.flatten() != IGNORED)
@@ -167,7 +174,7 @@ class Objective:
         thoughts: Tensor | None = None,
     ) -> QuietStarOutput:
         """Think about a batch, as ``Text.from_inputs`` takes it, or take ``thoughts`` ``[B, N, r, K]`` as given."""
-        text = Text.from_inputs(input_ids, attention_mask, labels, position_ids)
+        text = read_batch(model, input_ids, attention_mask, labels, position_ids)
         grid = model.grid(input_ids.shape[1])
         if thoughts is None:
             thoughts = think(

@@ -95,17 +95,14 @@ class MixingHead(nn.Module):
     def forward(
         self, base: Tensor, thought: Tensor, base_index: Tensor, sigmoid: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Mixed states ``[R, E]`` and weights ``[R]`` (fp32), see :func:`qstar_kernels.mix_hidden`."""
+        """Mixed states ``[R, E]`` and weights ``[R]``, at least fp32, see :func:`qstar_kernels.mix_hidden`.
+
+        A young head's weight is far below what 16 bits resolve beside 1: mixed in them, rewards would be noise.
+        """
         features = self.features(base, thought, base_index)
+        dtype = torch.promote_types(base.dtype, torch.float32)
         weight = self.output.weight[0].to(features.dtype)
-        return mix_hidden(
-            base.to(features.dtype),
-            thought.to(features.dtype),
-            features,
-            weight,
-            base_index=base_index,
-            sigmoid=sigmoid,
-        )
+        return mix_hidden(base.to(dtype), thought.to(dtype), features, weight, base_index=base_index, sigmoid=sigmoid)
 
 
 @dataclass(frozen=True)
@@ -224,16 +221,16 @@ class QuietStarMixin:
                 if tensor.shape == embedding.shape and self.get_parameter(name) is embedding:
                     tensor[self.qstar.start_token_id] = mine["qstar_start"].to(tensor)
                     tensor[self.qstar.end_token_id] = mine["qstar_end"].to(tensor)
-        super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
-        if kwargs.get("is_main_process", True):
+        if kwargs.get("is_main_process", True):  # before the base model, which may push the folder to a hub
             folder = Path(save_directory)
-            (folder / MIXING_HEAD_FILE).parent.mkdir(exist_ok=True)
+            (folder / MIXING_HEAD_FILE).parent.mkdir(parents=True, exist_ok=True)
             head = "qstar_mixing_head."
             save_file(
                 {name.removeprefix(head): mine[name].contiguous() for name in mine if name.startswith(head)},
                 folder / MIXING_HEAD_FILE,
             )
             (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.qstar), indent=2) + "\n")
+        super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
 
     def load_thoughts(self, folder: str | Path) -> None:
         """Take the thought embeddings from the vocabulary's rows and the mixing head from ``folder``."""
@@ -304,10 +301,14 @@ def wrap(
 
     Raises:
         ValueError: the model cannot think (its attention cannot be exchanged, it has linear-attention layers, or the
-            check found other results than the model's own), or an argument is wrong.
+            check found other results than the model's own), or an argument is wrong. A model that fails the check is
+            given back as it was, but for two new rows of its vocabulary and dropout, which stays off.
     """
     if isinstance(model, QuietStarMixin):
         raise ValueError("model is already a Quiet-STaR model")
+    if start_token == end_token:
+        raise ValueError(f"end_token is {end_token!r}, but it must differ from start_token")
+    QuietStarConfig(0, 1, thought_tokens, ahead_tokens, rationales, sigmoid)  # before anything is changed
     check_architecture(model)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [start_token, end_token]}, replace_extra_special_tokens=False
@@ -315,17 +316,22 @@ def wrap(
     start, end = tokenizer.convert_tokens_to_ids([start_token, end_token])
     if max(start, end) >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    plain_class, plain_attention = type(model), model.config._attn_implementation
     attach(model, QuietStarConfig(start, end, thought_tokens, ahead_tokens, rationales, sigmoid))
     rows = model.get_input_embeddings().weight
     with torch.no_grad():
         for token, parameter, text in ((start, model.qstar_start, start_init), (end, model.qstar_end, end_init)):
             parameter.copy_(_initial_embedding(rows, tokenizer, text))
             rows[token] = parameter
+    if check:
+        try:
+            check_behaviour(model)
+        except ValueError:
+            _detach(model, plain_class, plain_attention)
+            raise
     if model.generation_config is not None:
         suppressed = set(model.generation_config.suppress_tokens or ()) | {start, end}
         model.generation_config.suppress_tokens = sorted(suppressed)
-    if check:
-        check_behaviour(model)
     return model
 
 
@@ -333,7 +339,7 @@ def load(folder: str | Path, **kwargs) -> tuple[PreTrainedModel, PreTrainedToken
     """The model and the tokenizer that were saved in ``folder``.
 
     Args:
-        folder: what :func:`qstar.train` or ``save_pretrained`` wrote.
+        folder: what :func:`qstar.train` wrote, or ``save_pretrained`` of model and tokenizer.
         kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
@@ -348,6 +354,7 @@ def load(folder: str | Path, **kwargs) -> tuple[PreTrainedModel, PreTrainedToken
 
 
 def attach(model: PreTrainedModel, config: QuietStarConfig) -> None:
+    """Make ``model`` one that thinks, with thought embeddings that are not yet set."""
     rows = model.get_input_embeddings().weight
     factory = dict(device=rows.device, dtype=rows.dtype)
     model.__class__ = quiet_star_class(type(model))
@@ -357,6 +364,13 @@ def attach(model: PreTrainedModel, config: QuietStarConfig) -> None:
     model.qstar_mixing_head = MixingHead(rows.shape[1], **factory)
     model.set_attn_implementation(attention.NAME)
     disable_dropout(model)
+
+
+def _detach(model: PreTrainedModel, plain_class: type[PreTrainedModel], plain_attention: str) -> None:
+    for name in ("qstar", "qstar_start", "qstar_end", "qstar_mixing_head"):
+        delattr(model, name)
+    model.__class__ = plain_class
+    model.set_attn_implementation(plain_attention)
 
 
 def _initial_embedding(rows: Tensor, tokenizer: PreTrainedTokenizerBase, text: str | None) -> Tensor:

@@ -17,12 +17,13 @@ from qstar.grid import Text, ThoughtGrid
 @contextlib.contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Hold ``model`` in ``eval()``: gradient checkpointing in ``train()`` would drop the cache."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def read_text(model: PreTrainedModel, text: Text, grid: ThoughtGrid) -> tuple[ThoughtCache, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from qstar.data import PadRight
 from qstar.evaluation import evaluate_rows
 from qstar.losses import BASELINES, Objective, QuietStarOutput
 from qstar.report import ProgressLine, show_thoughts
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 LOGGED = ("likelihood_loss", "policy_loss", "nll_base", "nll_talk", "reward", "rewarded", "mixing_weight")
@@ -54,7 +57,14 @@ class QuietStarArguments(TrainingArguments):
     )
     mixing_head_lr_factor: float = _setting(1.0, "Learning rate of the mixing head over learning_rate.")
     sample_steps: int = _setting(50, "Show thoughts every so many steps; 0 for never.")
-    gradient_norm_steps: int = _setting(100, "Log both losses' gradient norms every so many steps; 0 for never.")
+    gradient_norm_steps: int = _setting(
+        100, "Log both losses' gradient norms every so many steps, on one process; 0 for never."
+    )
+
+    def __post_init__(self) -> None:
+        if torch.backends.mps.is_available():
+            self.use_cpu = True  # the sampler and the means need float64, which Apple's GPUs lack
+        super().__post_init__()
 
     def objective(self) -> Objective:
         """The objective that these settings describe."""
@@ -77,6 +87,15 @@ class QuietStarTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(self, model: PreTrainedModel, args: QuietStarArguments, **kwargs: Any):
+        if args.n_gpu > 1:
+            logger.warning("training on one of %d GPUs: start with torchrun to train on all", args.n_gpu)
+            args._n_gpu = 1  # nn.DataParallel runs replicas as threads over one open thought layout
+        if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+            logger.warning(
+                "some weights that learn are 16-bit, where steps as small as learning_rate = %g are lost: "
+                "load the model in float32 and pass bf16=True",
+                args.learning_rate,
+            )
         tokenizer = kwargs.get("processing_class")
         kwargs.setdefault("data_collator", PadRight(getattr(tokenizer, "pad_token_id", None) or 0))
         super().__init__(model, args, **kwargs)
@@ -92,19 +111,24 @@ class QuietStarTrainer(Trainer):
         output = model(**inputs, objective=self._objective_for(inputs["input_ids"]))
         for name in LOGGED:
             self._seen[name].append(getattr(output, name).detach())
-        if self._due(self.args.gradient_norm_steps) and self.args.world_size == 1:
+        if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice():
             self._log_gradient_norms(model, output)
         if self._due(self.args.sample_steps) and self.is_world_process_zero():
             thoughts = show_thoughts(self.processing_class, inputs["input_ids"], output.thoughts)
             self._write({"step": self.state.global_step, "thoughts": thoughts})
         return (output.loss, output) if return_outputs else output.loss
 
+    def _can_differentiate_twice(self) -> bool:
+        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        return self.args.world_size == 1 and not (self.args.gradient_checkpointing and reentrant)
+
     def _objective_for(self, input_ids: Tensor) -> Objective:
         """The objective with a seed for this step, and row numbers that no other batch of the step has."""
         step, batch = self._batch_of_step
         batch = batch + 1 if step == self.state.global_step else 0
         self._batch_of_step = (self.state.global_step, batch)
-        rows = input_ids.numel() * self.accelerator.unwrap_model(self.model).qstar.rationales
+        rationales = self.accelerator.unwrap_model(self.model).qstar.rationales
+        rows = self.args.train_batch_size * max(self.args.seq_length, input_ids.shape[1]) * rationales
         return replace(
             self.objective,
             seed=(self.args.seed << 32) + self.state.global_step,
@@ -163,9 +187,13 @@ class QuietStarTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Held-out log-likelihood with and without thoughts, see :func:`qstar.evaluation.evaluate_rows`."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            every = [self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in dataset.items()]
+            return {name: value for metrics in every for name, value in metrics.items()}
         batches = self.get_eval_dataloader(eval_dataset)
-        reduce = self.accelerator.reduce
-        result = evaluate_rows(self.accelerator.unwrap_model(self.model), batches, total=reduce)
+        with self.accelerator.autocast():
+            result = evaluate_rows(self.accelerator.unwrap_model(self.model), batches, total=self.accelerator.reduce)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.summary().items()}
         metrics[f"{metric_key_prefix}_loss"] = (result.nll_base + result.nll_talk) / 2
         self.log(metrics)

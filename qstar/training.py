@@ -64,7 +64,7 @@ def train(
         ahead_tokens: m, text tokens that a thought is scored on; 4 by default.
         rationales: r, thoughts at each position; 2 by default.
         tokenizer: of a model object; found by the model's name by default.
-        eval_dataset: held-out text, evaluated as ``eval_strategy`` says.
+        eval_dataset: held-out text, evaluated as ``eval_strategy`` says, or at the end.
         batch_size: rows in a batch, on each device; another name for ``per_device_train_batch_size``.
         resume_from_checkpoint: go on with the last checkpoint in ``output_dir`` (True), or with a given one.
         settings: any field of :class:`qstar.trainer.QuietStarArguments`, and so of ``TrainingArguments``:
@@ -89,6 +89,12 @@ def train(
     folder = _output_folder(output_dir, resume_from_checkpoint)
 
     if model is None and dataset is None:
+        given = dict(tokenizer=tokenizer, eval_dataset=eval_dataset, resume_from_checkpoint=resume_from_checkpoint)
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} is {value!r}, but the embedded default takes none: give model and dataset as well"
+                )
         from qstar.embedded.run import run
 
         return run(folder, sizes, settings)
@@ -126,6 +132,8 @@ def fit(
     outcome = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
+    if held_out is not None and args.eval_strategy == "no":
+        trainer.evaluate()
     if trainer.is_world_process_zero():
         (Path(args.output_dir) / SETTINGS_FILE).write_text(args.to_json_string() + "\n")
     logged = {name: value for record in trainer.state.log_history for name, value in record.items()}

@@ -97,8 +97,9 @@ def test_saved_gradients_serve_twice():
 
 def test_without_gradients_nothing_but_the_scores_is_made():
     tensors, targets, row_weight = make_inputs(9, 13, 5, False)
-    with torch.no_grad():
+    with torch.no_grad(), StorageWatch(at_least=1) as watch:
         total, log_prob = linear_log_prob_sum(*tensors, targets, row_weight)
+    assert len(watch.products) == 1
     assert_close(log_prob, linear_log_prob(*tensors, targets).detach())
     torch.testing.assert_close(total, (log_prob * row_weight).sum())
 

@@ -194,6 +194,59 @@ def test_a_model_that_reads_ahead_is_refused():
         wrap(model, tiny.tokenizer())
 
 
+def test_a_refused_model_is_given_back():
+    model, tokenizer = tiny.plain_model("llama", vocab_size=40), tiny.tokenizer()
+    before = model(tiny.text(1, 6)).logits
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: forward(hidden) * 2
+    with pytest.raises(ValueError, match="differs from the model's own"):
+        wrap(model, tokenizer)
+    del model.lm_head.forward
+    assert type(model) is transformers.LlamaForCausalLM
+    assert not [name for name in model.state_dict() if name.startswith("qstar")]
+    assert torch.equal(model(tiny.text(1, 6)).logits, before)
+    wrap(model, tokenizer)
+
+
+def test_wrong_arguments_change_nothing():
+    model, tokenizer = tiny.plain_model("llama"), tiny.tokenizer()
+    for arguments, message in (
+        (dict(thought_tokens=0), "thought_tokens is 0"),
+        (dict(end_token="<|startthought|>"), "must differ"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrap(model, tokenizer, **arguments)
+    assert len(tokenizer) == model.get_input_embeddings().weight.shape[0] == len(tiny.WORDS)
+
+
+def test_noise_of_every_kind_is_switched_off():
+    config = transformers.OPTConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=1,
+        ffn_dim=48,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        dropout=0.3,
+        attention_dropout=0.2,
+    )
+    model = wrap(transformers.OPTForCausalLM(config), tiny.tokenizer(), thought_tokens=2, ahead_tokens=1).train()
+    text, thoughts = Text.from_inputs(tiny.text(1, 4)), tiny.random_thoughts(model, 1, 4)
+    assert torch.equal(
+        read_grid(model, text, model.grid(4), thoughts), read_grid(model.eval(), text, model.grid(4), thoughts)
+    )
+
+
+def test_a_model_that_stays_noisy_is_refused():
+    model = tiny.plain_model("llama")
+    norm = model.model.norm
+    forward = norm.forward
+    norm.forward = lambda hidden: forward(hidden) + norm.training * torch.randn_like(hidden)
+    with pytest.raises(ValueError, match=r"pass in train\(\) of LlamaForCausalLM differs"):
+        wrap(model, tiny.tokenizer())
+
+
 def test_a_head_of_another_form_is_refused():
     model = tiny.plain_model("llama", vocab_size=40)
     forward = model.lm_head.forward

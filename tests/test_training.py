@@ -8,13 +8,13 @@ import random
 import pytest
 import tiny
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from qstar import evaluate, load, train
 from qstar.cli import main
 from qstar.data import PadRight
 from qstar.grid import Text
-from qstar.losses import Objective
+from qstar.losses import Objective, talk
 from qstar.trainer import QuietStarArguments, QuietStarTrainer
 
 QUIET = dict(
@@ -98,7 +98,7 @@ def test_accumulated_batches_equal_one_batch(tmp_path):
     model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
     gradients, drawn = [], []
     for size in (4, 2):
-        args = QuietStarArguments(str(tmp_path), per_device_train_batch_size=size, **QUIET)
+        args = QuietStarArguments(str(tmp_path), per_device_train_batch_size=size, **(QUIET | dict(seq_length=10)))
         trainer = QuietStarTrainer(model, args, train_dataset=rows)
         model.zero_grad()
         thoughts = []
@@ -173,6 +173,69 @@ def test_training_in_bfloat16_autocast_keeps_scores_in_float32():
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     exact = Objective()(model, tiny.text(1, 8), thoughts=output.thoughts)
     assert float(output.nll_base) == pytest.approx(float(exact.nll_base), rel=0.05)
+
+
+def test_rewards_in_bfloat16_autocast_are_those_of_float32():
+    """A young mixing head weighs thoughts by far less than bfloat16 resolves: rewards must not drown in rounding."""
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
+    with torch.no_grad():
+        model.qstar_mixing_head.output.weight.mul_(1e-3)
+    text, grid = Text.from_inputs(tiny.text(4, 24)), model.grid(24)
+    thoughts = tiny.random_thoughts(model, 4, 24)
+    objective = Objective(signed=True)
+    exact = objective.advantage(talk(model, text, grid, thoughts), grid)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = objective.advantage(talk(model, text, grid, thoughts), grid)
+    assert float(torch.corrcoef(torch.stack([exact.flatten(), rounded.flatten()]))[0, 1]) > 0.99
+
+
+def test_labels_are_padded_and_other_columns_refused():
+    batch = PadRight()([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}])
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert sorted(batch) == ["attention_mask", "input_ids", "labels"]
+    with pytest.raises(ValueError, match="rows hold 'text'"):
+        PadRight()([{"input_ids": [5], "text": "a"}])
+
+
+def test_a_stream_of_unknown_columns(tmp_path):
+    stream = IterableDataset.from_generator(lambda: ({"id": i, "text": "a b c d e f"} for i in range(40)))
+    assert stream.column_names is None
+    assert tiny_train(tmp_path / "run", stream, max_steps=1).metrics["step"] == 1
+    with pytest.raises(ValueError, match="text_column is 'body', but the dataset has 'id', 'text'"):
+        tiny_train(tmp_path / "other", stream, text_column="body", max_steps=1)
+
+
+def test_a_thought_token_in_the_text_is_read_but_not_learned(tmp_path):
+    data = Dataset.from_dict({"text": ["a b <|startthought|> c d e f"] * 4})
+    assert tiny_train(tmp_path / "run", data, max_steps=1).metrics["step"] == 1
+
+
+def test_batches_of_other_lengths_share_no_row_number(tmp_path):
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=1)
+    args = QuietStarArguments(str(tmp_path), per_device_train_batch_size=2, **QUIET)
+    trainer = QuietStarTrainer(model, args)
+    taken = []
+    for length in (12, 5, 12, 7):
+        offset = trainer._objective_for(torch.zeros(2, length)).row_offset
+        taken += range(offset, offset + 2 * length * model.qstar.rationales)
+    assert len(taken) == len(set(taken))
+
+
+def test_held_out_text_is_evaluated_at_the_end(tmp_path):
+    result = tiny_train(tmp_path / "run", eval_dataset=texts(4))
+    expected = evaluate(result.model, result.tokenizer, texts(4), seq_length=12)
+    assert records(result.folder)[-1]["eval_nll_talk"] == pytest.approx(expected.nll_talk, rel=1e-5)
+
+
+def test_the_embedded_default_refuses_what_it_would_ignore():
+    with pytest.raises(ValueError, match="resume_from_checkpoint is True, but the embedded default takes none"):
+        train(resume_from_checkpoint=True)
+
+
+def test_weights_of_16_bits_are_warned_of(tmp_path, caplog):
+    model = tiny.thinking_model(dtype=torch.bfloat16, thought_tokens=2, ahead_tokens=1)
+    QuietStarTrainer(model, QuietStarArguments(str(tmp_path), **QUIET))
+    assert "weights that learn are 16-bit" in caplog.text
 
 
 def test_padding_of_short_rows():

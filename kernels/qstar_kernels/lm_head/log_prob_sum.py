@@ -108,7 +108,7 @@ def linear_log_prob_sum(
     check_tensor("row_weight", row_weight, "[R]", (hidden.shape[0],), (accumulator_dtype(hidden),))
     check_alike("row_weight", row_weight, "hidden", hidden, dtype=False)
     row_weight = row_weight.detach()
-    if choose_backend(backend) == "reference":
+    if choose_backend(backend) == "reference" or not torch.is_grad_enabled():
         log_prob = linear_log_prob(
             hidden,
             weight,
