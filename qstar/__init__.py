@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from qstar.evaluation import evaluate
     from qstar.losses import Objective
     from qstar.model import load, wrap
-    from qstar.trainer import QuietStarArguments, QuietStarTrainer
-    from qstar.training import TrainResult, train
+    from qstar.trainer import QuietStarArguments, QuietStarTrainer, TrainResult
+    from qstar.training import train
 
 __version__ = "0.1.0"
 _HOME = {
     "Objective": "losses",
     "QuietStarArguments": "trainer",
     "QuietStarTrainer": "trainer",
-    "TrainResult": "training",
+    "TrainResult": "trainer",
     "evaluate": "evaluation",
     "load": "model",
     "train": "training",

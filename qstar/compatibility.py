@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from qstar.grid import Text
+from qstar.thoughts import advance, evaluating, read_grid, read_text
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,9 +61,6 @@ def check_behaviour(model: PreTrainedModel) -> None:
         ValueError: the output head, the packed pass or the step-by-step pass gives other results, or a pass in
             training does.
     """
-    from qstar.grid import Text
-    from qstar.thoughts import advance, evaluating, read_grid, read_text
-
     device = model.get_input_embeddings().weight.device
     words = torch.arange(model.config.get_text_config(decoder=True).vocab_size, device=device)
     words = words[~torch.isin(words, model.language_head().forbidden)]

@@ -1,4 +1,4 @@
-"""Training with transformers' Trainer: the settings and the Trainer itself."""
+"""Training with transformers' Trainer: the settings, the Trainer, and a run of it from rows to a saved model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from qstar.data import PadRight
+from qstar.cpu import keep_freed_memory
+from qstar.data import AnyDataset, PadRight
 from qstar.evaluation import evaluate_rows
 from qstar.losses import BASELINES, Objective, QuietStarOutput
 from qstar.report import ProgressLine, show_thoughts
@@ -22,6 +23,7 @@ from qstar.report import ProgressLine, show_thoughts
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+SETTINGS_FILE = "training_args.json"
 LOGGED = ("likelihood_loss", "policy_loss", "nll_base", "nll_talk", "reward", "rewarded", "mixing_weight")
 
 
@@ -202,8 +204,50 @@ class QuietStarTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.is_fsdp_enabled:  # its checkpoints hold every tensor, ours included
+            return
         self.accelerator.unwrap_model(self.model if model is None else model).load_thoughts(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self.accelerator.unwrap_model(self.model).load_thoughts(self.state.best_model_checkpoint)
+
+
+@dataclass
+class TrainResult:
+    """What :func:`qstar.train` brings back.
+
+    Attributes:
+        model: the trained model.
+        tokenizer: its tokenizer.
+        metrics: numbers by name; of the embedded default also its held-out table.
+        folder: where the model, the tokenizer and the settings lie; :func:`qstar.load` reads it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    metrics: dict[str, Any] = field(default_factory=dict)
+    folder: Path = Path()
+
+
+def fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: QuietStarArguments,
+    rows: AnyDataset,
+    held_out: AnyDataset | None = None,
+    resume_from_checkpoint: bool | str | None = None,
+) -> dict[str, Any]:
+    """Train on packed rows, save model, tokenizer and settings into ``args.output_dir``, and return the metrics."""
+    if args.device.type == "cpu":
+        keep_freed_memory()
+    trainer = QuietStarTrainer(model, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
+    outcome = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if held_out is not None and args.eval_strategy == "no":
+        trainer.evaluate()
+    if trainer.is_world_process_zero():
+        (Path(args.output_dir) / SETTINGS_FILE).write_text(args.to_json_string() + "\n")
+    logged = {name: value for record in trainer.state.log_history for name, value in record.items()}
+    return {**logged, **outcome.metrics}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +11,10 @@ import torch
 from datasets import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from qstar.cpu import keep_freed_memory
 from qstar.data import AnyDataset, load_texts, pack
+from qstar.embedded.run import run_embedded
 from qstar.model import CONFIG_FILE, QuietStarMixin, load, wrap
-from qstar.trainer import METRICS_FILE, QuietStarArguments, QuietStarTrainer
-
-SETTINGS_FILE = "training_args.json"
-
-
-@dataclass
-class TrainResult:
-    """What :func:`train` brings back.
-
-    Attributes:
-        model: the trained model.
-        tokenizer: its tokenizer.
-        metrics: numbers by name; of the embedded default also its held-out table.
-        folder: where the model, the tokenizer and the settings lie; :func:`qstar.load` reads it.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    metrics: dict[str, Any] = field(default_factory=dict)
-    folder: Path = Path()
+from qstar.trainer import METRICS_FILE, QuietStarArguments, TrainResult, fit
 
 
 def train(
@@ -95,9 +76,7 @@ def train(
                 raise ValueError(
                     f"{name} is {value!r}, but the embedded default takes none: give model and dataset as well"
                 )
-        from qstar.embedded.run import run
-
-        return run(folder, sizes, settings)
+        return run_embedded(folder, sizes, settings)
     if model is None or dataset is None:
         missing, given = ("model", "dataset") if model is None else ("dataset", "model")
         raise ValueError(f"{missing} is missing: give it beside {given}, or neither for the embedded default")
@@ -115,29 +94,6 @@ def train(
         held_out = pack(load_texts(eval_dataset, "test"), tokenizer, args.seq_length, args.text_column)
     metrics = fit(model, tokenizer, args, rows, held_out, resume_from_checkpoint)
     return TrainResult(model, tokenizer, metrics, folder)
-
-
-def fit(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: QuietStarArguments,
-    rows: AnyDataset,
-    held_out: AnyDataset | None = None,
-    resume_from_checkpoint: bool | str | None = None,
-) -> dict[str, Any]:
-    """Train on packed rows, save model, tokenizer and settings into ``args.output_dir``, and return the metrics."""
-    if args.device.type == "cpu":
-        keep_freed_memory()
-    trainer = QuietStarTrainer(model, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
-    outcome = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    if held_out is not None and args.eval_strategy == "no":
-        trainer.evaluate()
-    if trainer.is_world_process_zero():
-        (Path(args.output_dir) / SETTINGS_FILE).write_text(args.to_json_string() + "\n")
-    logged = {name: value for record in trainer.state.log_history for name, value in record.items()}
-    return {**logged, **outcome.metrics}
 
 
 def open_model(

@@ -22,8 +22,7 @@ from qstar.evaluation import choice_log_probs
 from qstar.losses import text_loss
 from qstar.model import wrap
 from qstar.report import table
-from qstar.trainer import QuietStarArguments, QuietStarTrainer
-from qstar.training import TrainResult, fit
+from qstar.trainer import QuietStarArguments, QuietStarTrainer, TrainResult, fit
 
 CACHE = Path(HF_HOME) / "quiet-star"
 REPORT_FILE = "report.json"
@@ -61,7 +60,7 @@ class Score:
     accuracy: float
 
 
-def run(folder: Path, sizes: dict[str, int], settings: dict[str, Any]) -> TrainResult:
+def run_embedded(folder: Path, sizes: dict[str, int], settings: dict[str, Any]) -> TrainResult:
     """Pre-train, teach to think, train plainly beside it, and compare on held-out problems.
 
     Args:

@@ -64,6 +64,11 @@ def packed(x: Tensor, kv_heads: int) -> Tensor:
     return grouped(x, kv_heads).contiguous()
 
 
+def block_rows(x: Tensor, start: int, stop: int) -> Tensor:
+    """A block of positions of a grouped x [B, Hkv, N, C, G, ...] as rows [B, Hkv, rows, ...]: small enough for a cache."""
+    return x[:, :, start:stop].flatten(2, 4)
+
+
 def text_blocks(q: Tensor, kv_heads: int) -> Iterator[tuple[int, int, Tensor]]:
     """(start, stop, mask [rows, keys before stop]) of blocks of positions."""
     _, heads, positions, slots, _ = q.shape
@@ -89,11 +94,9 @@ def attend_text(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse:
     if q.device.type != "cpu":
         attend_text_by_slot(q, k, v, scale, out, lse)
         return
-    rows = packed(q, k.shape[1])
-    out, lse = grouped(out, k.shape[1]), grouped(lse, k.shape[1])
+    rows, out, lse = (grouped(x, k.shape[1]) for x in (q, out, lse))
     for start, stop, mask in text_blocks(q, k.shape[1]):
-        block = rows[:, :, start:stop].flatten(2, 4)
-        part, part_lse = flash(block, k[:, :, :stop], v[:, :, :stop], scale, mask)
+        part, part_lse = flash(block_rows(rows, start, stop), k[:, :, :stop], v[:, :, :stop], scale, mask)
         shape = (stop - start, *out.shape[3:5])
         out[:, :, start:stop], lse[:, :, start:stop] = part.unflatten(2, shape), part_lse.unflatten(2, shape)
 
@@ -105,10 +108,9 @@ def attend_text_backward(do, out, lse, q, k, v, scale: float, dq: Tensor) -> tup
         dq.copy_(dq_text.unflatten(1, (q.shape[1], q.shape[3])).transpose(2, 3))
         return dk, dv
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    rows = [packed(x, k.shape[1]) for x in (do, out, lse, q)]
-    dq = grouped(dq, k.shape[1])
+    do, out, lse, rows, dq = (grouped(x, k.shape[1]) for x in (do, out, lse, q, dq))
     for start, stop, mask in text_blocks(q, k.shape[1]):
-        parts = (x[:, :, start:stop].flatten(2, 4) for x in rows)
+        parts = (block_rows(x, start, stop) for x in (do, out, lse, rows))
         dq_part, dk_part, dv_part = flash_backward(*parts, k[:, :, :stop], v[:, :, :stop], scale, mask)
         dq[:, :, start:stop] = dq_part.unflatten(2, (stop - start, *dq.shape[3:5]))
         dk[:, :, :stop] += dk_part
