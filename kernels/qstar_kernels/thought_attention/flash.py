@@ -65,7 +65,7 @@ def packed(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def block_rows(x: Tensor, start: int, stop: int) -> Tensor:
-    """A block of positions of a grouped x [B, Hkv, N, C, G, ...] as rows [B, Hkv, rows, ...]: small enough for a cache."""
+    """A block of positions of x [B, Hkv, N, C, G, ...] as rows [B, Hkv, rows, ...], small enough for a cache."""
     return x[:, :, start:stop].flatten(2, 4)
 
 
