@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -67,7 +67,6 @@ class Step:
     step: int
     start: Tensor | None = None
     window: int | None = None
-    backend: str = "auto"
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
         layer = self.cache.layers[module.layer_idx]
@@ -80,7 +79,6 @@ class Step:
             self.step,
             window=self.window,
             text_start=self.start,
-            backend=self.backend,
             **options,
         )
         return rearrange(out, "b h n r d -> b (n r) h d")
@@ -136,7 +134,7 @@ class _ThoughtCacheLayer(DynamicLayer):
 
 @dataclass
 class _Open:
-    layout: Layout | None = field(default=None)
+    layout: Layout | None = None
 
 
 # A module-level slot and not a ContextVar: the backward's recomputation and its threads must see the same one.

@@ -17,13 +17,13 @@ from qstar.grid import Text, ThoughtGrid
 @contextlib.contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Hold ``model`` in ``eval()``: gradient checkpointing in ``train()`` would drop the cache."""
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
 
 
 def read_text(model: PreTrainedModel, text: Text, grid: ThoughtGrid) -> tuple[ThoughtCache, Tensor]:

@@ -258,8 +258,10 @@ def test_a_head_of_another_form_is_refused():
 def test_the_check_restores_training_mode():
     model = tiny.thinking_model("llama")
     model.train()
+    model.lm_head.eval()
     check_behaviour(model)
     assert model.training
+    assert not model.lm_head.training
 
 
 def test_attention_dropout_is_refused_on_a_grid():
