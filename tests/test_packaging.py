@@ -1,6 +1,7 @@
 """The distribution: what it installs, what importing it costs, and the promises that README and .ci/run share."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -101,18 +102,31 @@ print(callable(train), importlib.util.find_spec("qstar.train"))
     assert python("-c", code, cwd=tmp_path) == "True None"
 
 
-def test_every_module_imports_without_triton(tmp_path):
+def test_only_the_kernels_need_triton(tmp_path):
     code = """
 import importlib, pkgutil, sys
 sys.modules["triton"] = None
-import qstar, qstar_kernels
+import torch, qstar, qstar_kernels
 for package in (qstar, qstar_kernels):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if not module.name.endswith(".__main__"):
-            importlib.import_module(module.name)
-            print(module.name)
+            try:
+                importlib.import_module(module.name)
+                print("runs", module.name)
+            except ModuleNotFoundError as error:
+                assert error.name == "triton" and package is qstar_kernels, module.name
+                print("needs Triton", module.name)
+x = torch.ones(1, 1, 2, 3, 16)
+print(qstar_kernels.thought_attention(x, x, x).sum().item())
+try:
+    qstar_kernels.thought_attention(x, x, x, backend="triton")
+except ValueError as error:
+    print(error)
 """
-    assert "qstar_kernels.reference" in python("-c", code, cwd=tmp_path).splitlines()
+    *modules, result, message = python("-c", code, cwd=tmp_path).splitlines()
+    assert {"runs qstar_kernels.reference", "needs Triton qstar_kernels.primitives"} <= set(modules)
+    assert float(result) == 96
+    assert re.search("backend is 'triton'.*not installed", message)
 
 
 @pytest.fixture

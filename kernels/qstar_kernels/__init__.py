@@ -2,7 +2,7 @@
 
 Thought attention (every thought token sees its own prefix of the text and its own earlier thought
 tokens), the interpolation of the mixing head, and the language-model head (log-probabilities and
-sampling) without ever holding all logits. Each op takes ``backend="auto" | "reference" | "torch"``.
+sampling) without ever holding all logits. Each op takes ``backend="auto" | "reference" | "torch" | "triton"``.
 """
 
 from qstar_kernels.lm_head import linear_log_prob, linear_log_prob_sum, mix_hidden, sample_linear

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -51,9 +53,21 @@ def check_integer(name: str, value: object, *, at_least: int | None = None) -> N
         raise ValueError(f"{name} is {value}, but it must be at least {at_least}")
 
 
-def choose_backend(backend: object) -> str:
-    """The backend to run: ``auto`` is ``torch``; a name that is none of ours raises."""
-    names = ("auto", "reference", "torch")
+def choose_backend(
+    backend: object, *, on_gpu: bool = False, triton_refusal: Callable[[], str | None] | None = None
+) -> str:
+    """The backend to run: ``auto`` is ``triton`` on a GPU where that can run, else ``torch``.
+
+    ``triton_refusal`` says why Triton cannot run, None where it can; an op that has no kernels has none. A name that is
+    none of the op's raises, and so does ``triton`` where it cannot run.
+    """
+    names = ("auto", "reference", "torch") if triton_refusal is None else ("auto", "reference", "torch", "triton")
     if backend not in names:
         raise ValueError(f"backend is {backend!r}, but it must be one of {', '.join(map(repr, names))}")
-    return "torch" if backend == "auto" else str(backend)
+    if triton_refusal is not None and (backend == "triton" or (backend == "auto" and on_gpu)):
+        refusal = triton_refusal()
+        if refusal is None:
+            return "triton"
+        if backend == "triton":
+            raise ValueError(f"backend is 'triton', but it cannot run: {refusal}")
+    return "reference" if backend == "reference" else "torch"

@@ -14,7 +14,7 @@ from qstar_kernels.arguments import (
     check_tensor,
     choose_backend,
 )
-from qstar_kernels.thought_attention import composed
+from qstar_kernels.thought_attention.registered import ops
 
 
 def thought_attention(
@@ -50,14 +50,16 @@ def thought_attention(
         text_start: [B, N], int64 or int32: the first text key that a position may see (packed documents, left
             padding); beyond the position itself, its text query sees nothing.
         return_lse: return the log-sum-exp of each query's scores as well.
-        backend: "auto", "reference" (dense, the specification) or "torch" (memory linear in N).
+        backend: "reference" (dense, the specification), "torch" (plain PyTorch, memory linear in N), "triton" (kernels
+            for NVIDIA and AMD GPUs) or "auto": "triton" on a GPU where its kernels can run, else "torch".
 
     Returns:
         out [B, Hq, N, C, Dv] in q's dtype; with ``return_lse`` also lse [B, Hq, N, C], natural log, float32 (float64
         for float64 inputs), sinks included, not differentiable. A query that sees nothing: out 0, lse -inf.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value; a named backend cannot
+            run on these tensors.
     """
     check_tensor("q", q, "[B, Hq, N, C, D]", (None,) * 5)
     batch, _, positions, slots, width = q.shape
@@ -70,12 +72,12 @@ def thought_attention(
     if slots < 1 or (slots - 1) % rationales:
         raise ValueError(f"q has {slots} slots a position, but it must have 1 + T * {rationales} (rationales)")
     rules = check_rules(q, positions, scale, window, softcap, sinks, text_start)
-    dense = choose_backend(backend) == "reference"
-    with torch.autocast(q.device.type, enabled=False):
-        if dense:
+    chosen = choose_attention_backend(backend, q, v)
+    if chosen == "reference":
+        with torch.autocast(q.device.type, enabled=False):
             out, lse = reference.thought_attention(q, k, v, rationales=rationales, return_lse=True, **rules)
-        else:
-            out, lse = composed.thought_attention(q, k, v, rationales, **rules)
+    else:
+        out, lse = ops.thought_attention(q, k, v, rationales=rationales, backend=chosen, **rules)
     return (out, lse) if return_lse else out
 
 
@@ -106,14 +108,16 @@ def thought_attention_step(
         k_text, v_text: keys [B, Hkv, N, D] and values [B, Hkv, N, Dv] of the text.
         k_thought, v_thought: keys [B, Hkv, Nq, r, T, D] and values [B, Hkv, Nq, r, T, Dv] of the thoughts. Tokens
             beyond ``step`` are never read.
-        step: 0 <= step < T, an int or an integer tensor without dimensions.
+        step: 0 <= step < T, an int or an integer tensor without dimensions. The Triton kernel reads such a tensor on
+            the device of q, so that the host need not wait for it; its value is then not checked.
         text_start: [B, N], as in :func:`thought_attention`; the other arguments are the same as well.
 
     Returns:
         out [B, Hq, Nq, r, Dv] in q's dtype; with ``return_lse`` also lse [B, Hq, Nq, r].
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value; a named backend cannot
+            run on these tensors.
     """
     check_tensor("q", q, "[B, Hq, Nq, r, D]", (None,) * 5)
     batch, _, queries, rationales, width = q.shape
@@ -129,21 +133,27 @@ def thought_attention_step(
     check_heads(q, "k_text", k_text)
     if queries > positions:
         raise ValueError(f"q has {queries} positions, but it must have at most the {positions} of k_text")
-    if isinstance(step, Tensor):
-        check_tensor("step", step, "[]", (), INTEGER)
-        step = int(step)
-    check_integer("step", step, at_least=0)
-    if step >= tokens:
-        raise ValueError(f"step is {step}, but it must be below the {tokens} tokens of k_thought")
     rules = check_rules(q, positions, scale, window, softcap, sinks, text_start)
-    caches = (k_text, v_text, k_thought, v_thought)
-    dense = choose_backend(backend) == "reference"
-    with torch.autocast(q.device.type, enabled=False):
-        if dense:
-            out, lse = reference.thought_attention_step(q, *caches, step, return_lse=True, **rules)
-        else:
-            out, lse = composed.thought_attention_step(q, *caches, step, **rules)
+    chosen = choose_attention_backend(backend, q, v_text)
+    step, step_index = check_step(step, tokens, q.device if chosen == "triton" else None)
+    inputs = (q, k_text, v_text, k_thought, v_thought)
+    if chosen == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = reference.thought_attention_step(*inputs, step, return_lse=True, **rules)
+    else:
+        out, lse = ops.thought_attention_step(*inputs, step, step_index, backend=chosen, **rules)
     return (out, lse) if return_lse else out
+
+
+def choose_attention_backend(backend: object, q: Tensor, v: Tensor) -> str:
+    def triton_refusal() -> str | None:
+        try:
+            from qstar_kernels.thought_attention import fused
+        except ModuleNotFoundError as error:
+            return f"{error.name} is not installed"
+        return fused.unsupported(q, v)
+
+    return choose_backend(backend, on_gpu=q.is_cuda, triton_refusal=triton_refusal)
 
 
 def check_heads(q: Tensor, name: str, k: Tensor) -> None:
@@ -152,6 +162,19 @@ def check_heads(q: Tensor, name: str, k: Tensor) -> None:
         raise ValueError(f"q has {heads} heads, but it must have a multiple of the {kv_heads} of {name}")
     if q.shape[-1] < 1:
         raise ValueError("q has width 0, but it must be at least 1")
+
+
+def check_step(step: object, tokens: int, readable_on: torch.device | None) -> tuple[int | None, Tensor | None]:
+    """The checked step as an int, or as a tensor where that lies on the device whose kernel can read it."""
+    if isinstance(step, Tensor):
+        check_tensor("step", step, "[]", (), INTEGER)
+        if step.device == readable_on:
+            return None, step
+        step = int(step)
+    check_integer("step", step, at_least=0)
+    if step >= tokens:
+        raise ValueError(f"step is {step}, but it must be below the {tokens} tokens of k_thought")
+    return step, None
 
 
 def check_rules(q: Tensor, positions: int, scale, window, softcap, sinks, text_start) -> dict:

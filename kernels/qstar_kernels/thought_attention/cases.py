@@ -1,0 +1,66 @@
+"""Launches of every attention kernel on a shape of one's choice: what ``resources`` compiles and ``tune`` times."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qstar_kernels.launch import Launch
+from qstar_kernels.thought_attention import fused
+from qstar_kernels.thought_attention.blocks import Rules
+from qstar_kernels.thought_attention.tiles import KERNELS, TABLE, WIDTHS
+
+__all__ = ["KERNELS", "TABLE", "WIDTHS", "Shape", "build_launch"]
+
+
+class Shape(NamedTuple):
+    """A Llama-like layer's; ``width`` values a head, one thought of ``tokens`` tokens at each position."""
+
+    width: int
+    batch: int = 8
+    positions: int = 1024
+    tokens: int = 16
+    heads: int = 32
+    kv_heads: int = 8
+
+
+def every_rule(shape: Shape, dtype: torch.dtype, device: str) -> Rules:
+    start = torch.zeros(shape.batch, shape.positions, dtype=torch.int64, device=device)
+    sinks = torch.zeros(shape.heads, dtype=dtype, device=device)
+    return Rules(shape.width**-0.5, window=shape.positions // 2, softcap=30.0, sinks=sinks, text_start=start)
+
+
+def build_launch(
+    kernel: str, architecture: str, dtype: torch.dtype, shape: Shape, *, rules: bool = False, device: str = "meta"
+) -> Launch:
+    """A launch of one of ``KERNELS`` with ``rules`` or without, in a transformer's layout: heads inside slots."""
+
+    def states(heads: int, *cells: int) -> Tensor:
+        x = torch.randn(shape.batch, *cells, heads, shape.width, dtype=dtype, device=device)
+        return x.movedim(-2, 1)
+
+    given = every_rule(shape, dtype, device) if rules else Rules(shape.width**-0.5)
+    positions, slots = shape.positions, 1 + shape.tokens
+    heads, kv_heads = shape.heads, shape.kv_heads
+    if kernel == "step":
+        q, out = states(heads, positions, 1), states(heads, positions, 1)
+        k_text, v_text = states(kv_heads, positions), states(kv_heads, positions)
+        k_own, v_own = states(kv_heads, positions, 1, shape.tokens), states(kv_heads, positions, 1, shape.tokens)
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=device)
+        last = shape.tokens - 1
+        return fused.step_launch(q, k_text, v_text, k_own, v_own, last, given, out, lse, architecture)
+    q, do, out = (states(heads, positions, slots) for _ in range(3))
+    k, v = states(kv_heads, positions, slots), states(kv_heads, positions, slots)
+    lse, delta = torch.zeros(2, *q.shape[:-1], dtype=torch.float32, device=device)
+    if kernel == "forward":
+        return fused.forward_launch(q, k, v, 1, given, out, lse, architecture)
+    if kernel == "query_gradient":
+        dq = torch.empty_like(q)
+        return fused.query_gradient_launch(do, out, lse, delta, q, k, v, 1, given, dq, architecture)
+    dk, dv = torch.empty_like(k)[None], torch.empty_like(v)[None]
+    own = kernel == "own_gradient"
+    if not own:
+        dk, dv = dk[:, :, :, :, :1], dv[:, :, :, :, :1]
+    return fused.key_gradient_launch(do, lse, delta, q, k, v, 1, given, dk, dv, own, architecture)

@@ -1,0 +1,211 @@
+"""Launches of the Triton kernels: the packed forward and backward, and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qstar_kernels.launch import Launch, architecture_of, run_all
+from qstar_kernels.primitives import INTERPRETED
+from qstar_kernels.thought_attention.backward import key_gradient_kernel, query_gradient_kernel
+from qstar_kernels.thought_attention.blocks import Rules
+from qstar_kernels.thought_attention.forward import forward_kernel
+from qstar_kernels.thought_attention.step import step_kernel
+from qstar_kernels.thought_attention.tiles import find_tile
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NARROWEST, WIDEST = 16, 256
+PROGRAMS = 264  # the rows of a key tile are shared out until there are as many programs as two for each processor
+MOST_SPLITS = 8
+
+
+def unsupported(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot run on these, or None."""
+    if q.device.type == "cpu":
+        if not INTERPRETED:
+            return "q is on cpu, where the kernels run only under TRITON_INTERPRET=1, set before the import"
+    elif q.device.type != "cuda":
+        return f"q is on {q.device.type}"
+    elif torch.version.hip is None and torch.cuda.get_device_properties(q.device).major < 8:
+        return f"{torch.cuda.get_device_properties(q.device).name} is older than compute capability 8.0"
+    if q.dtype not in DTYPES:
+        return f"q has dtype {q.dtype}"
+    for name, width in (("q", q.shape[-1]), ("v", v.shape[-1])):
+        if not NARROWEST <= width <= WIDEST:
+            return f"{name} has rows of {width} values, not {NARROWEST} to {WIDEST}"
+    return None
+
+
+def precision() -> str:
+    """How float32 products are made: exactly, unless torch's own switch allows TensorFloat-32."""
+    switch = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if "tf32" in (switch, torch.backends.fp32_precision if switch == "none" else "") else "ieee"
+
+
+def grid_arguments(q: Tensor, k: Tensor, v: Tensor, rationales: int, rules: Rules) -> dict:
+    """What the packed kernels share."""
+    batch, heads, positions, slots, width = q.shape
+    kv_heads = k.shape[1]
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "text_start": None if rules.text_start is None else rules.text_start.contiguous(),
+        "q_stride": q.stride()[:4],
+        "k_stride": k.stride()[:4],
+        "v_stride": v.stride()[:4],
+        "pairs": batch * kv_heads,
+        "kv_heads": kv_heads,
+        "positions": positions,
+        "slots": slots,
+        "tokens": max((slots - 1) // rationales, 1),
+        "scale": rules.scale,
+        "window": rules.window,
+        "softcap": rules.softcap,
+        "GROUP": heads // kv_heads,
+        "D": width,
+        "DV": v.shape[-1],
+        "PRECISION": precision(),
+    }
+
+
+def forward_launch(q, k, v, rationales: int, rules: Rules, out: Tensor, lse: Tensor, architecture: str) -> Launch:
+    shared = grid_arguments(q, k, v, rationales, rules)
+    tile = find_tile("forward", architecture, q.dtype, max(q.shape[-1], v.shape[-1]))
+    rows = q.shape[2] * q.shape[3] * shared["GROUP"]
+    arguments = {"out": out, "lse": lse, "sinks": rules.sinks, "out_stride": out.stride()[:4]}
+    own = {"HAS_OWN": q.shape[3] > 1}
+    return Launch(forward_kernel, -(-rows // tile.rows) * shared["pairs"], shared | arguments | own, tile)
+
+
+def query_gradient_launch(
+    do, out, lse, delta, q, k, v, rationales: int, rules: Rules, dq: Tensor, architecture: str
+) -> Launch:
+    shared = grid_arguments(q, k, v, rationales, rules)
+    tile = find_tile("query_gradient", architecture, q.dtype, max(q.shape[-1], v.shape[-1]))
+    rows = q.shape[2] * q.shape[3] * shared["GROUP"]
+    arguments = {
+        "do": do,
+        "out": out,
+        "lse": lse,
+        "delta": delta,
+        "dq": dq,
+        "do_stride": do.stride()[:4],
+        "out_stride": out.stride()[:4],
+        "dq_stride": dq.stride()[:4],
+        "HAS_OWN": q.shape[3] > 1,
+    }
+    return Launch(query_gradient_kernel, -(-rows // tile.rows) * shared["pairs"], shared | arguments, tile)
+
+
+def key_gradient_launch(
+    do, lse, delta, q, k, v, rationales: int, rules: Rules, dk: Tensor, dv: Tensor, own: bool, architecture: str
+) -> Launch:
+    """dk and dv [splits, B, Hkv, N, C, ...]; of the own keys, or with C = 1 of the text keys."""
+    shared = grid_arguments(q, k, v, rationales, rules)
+    tile = find_tile("own_gradient" if own else "text_gradient", architecture, q.dtype, max(q.shape[-1], v.shape[-1]))
+    keys = q.shape[2] * (q.shape[3] - 1) if own else q.shape[2]
+    splits = dk.shape[0]
+    arguments = {
+        "do": do,
+        "lse": lse,
+        "delta": delta,
+        "dk": dk,
+        "dv": dv,
+        "do_stride": do.stride()[:4],
+        "dk_stride": dk.stride()[:5],
+        "dv_stride": dv.stride()[:5],
+        "splits": splits,
+        "OWN": own,
+    }
+    programs = -(-keys // tile.keys) * shared["pairs"] * splits
+    return Launch(key_gradient_kernel, programs, shared | arguments, tile)
+
+
+def step_launch(
+    q, k_text, v_text, k_thought, v_thought, step: int | Tensor, rules: Rules, out: Tensor, lse: Tensor, architecture
+) -> Launch:
+    batch, heads, queries, rationales, width = q.shape
+    kv_heads, positions = k_text.shape[1:3]
+    group = heads // kv_heads
+    tile = find_tile("step", architecture, q.dtype, max(width, v_text.shape[-1]))
+    units = max(tile.rows // (1 << (group - 1).bit_length()), 1)
+    arguments = {
+        "q": q,
+        "k_text": k_text,
+        "v_text": v_text,
+        "k_thought": k_thought,
+        "v_thought": v_thought,
+        "step": step,
+        "out": out,
+        "lse": lse,
+        "sinks": rules.sinks,
+        "text_start": None if rules.text_start is None else rules.text_start.contiguous(),
+        "q_stride": q.stride()[:4],
+        "k_text_stride": k_text.stride()[:3],
+        "v_text_stride": v_text.stride()[:3],
+        "k_thought_stride": k_thought.stride()[:5],
+        "v_thought_stride": v_thought.stride()[:5],
+        "out_stride": out.stride()[:4],
+        "pairs": batch * kv_heads,
+        "kv_heads": kv_heads,
+        "positions": positions,
+        "queries": queries,
+        "rationales": rationales,
+        "scale": rules.scale,
+        "window": rules.window,
+        "softcap": rules.softcap,
+        "GROUP": group,
+        "D": width,
+        "DV": v_text.shape[-1],
+        "STEP_IN_MEMORY": isinstance(step, Tensor),
+        "PRECISION": precision(),
+    }
+    return Launch(step_kernel, -(-queries * rationales // units) * batch * kv_heads, arguments, tile)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rationales: int, rules: Rules, out: Tensor, lse: Tensor) -> None:
+    """Fill out [B, Hq, N, C, Dv] and lse [B, Hq, N, C]."""
+    if out.numel():
+        architecture = architecture_of(q.device)
+        run_all([forward_launch(q, k, v, rationales, rules, out, lse, architecture)], q)
+
+
+def attend_backward(do, out, lse, q, k, v, rationales: int, rules: Rules, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Fill dq, dk and dv."""
+    if out.numel():
+        run_all(backward_launches(do, out, lse, q, k, v, rationales, rules, dq, dk, dv), q)
+
+
+def backward_launches(do, out, lse, q, k, v, rationales: int, rules: Rules, dq, dk, dv) -> Iterator[Launch]:
+    """The launches of a backward, in order; resumed after the last, it sums the shares of the text keys."""
+    architecture = architecture_of(q.device)
+    delta = torch.empty_like(lse)
+    yield query_gradient_launch(do, out, lse, delta, q, k, v, rationales, rules, dq, architecture)
+    if q.shape[3] > 1:
+        yield key_gradient_launch(do, lse, delta, q, k, v, rationales, rules, dk[None], dv[None], True, architecture)
+    splits = count_splits(q, k, v, architecture)
+    text = [x[None, :, :, :, :1] for x in (dk, dv)]
+    shares = [x.new_empty(splits, *x.shape[1:], dtype=torch.float32) for x in text] if splits > 1 else text
+    yield key_gradient_launch(do, lse, delta, q, k, v, rationales, rules, *shares, False, architecture)
+    if splits > 1:
+        for x, share in zip(text, shares, strict=True):
+            x[0] = share.sum(0)
+
+
+def count_splits(q: Tensor, k: Tensor, v: Tensor, architecture: str) -> int:
+    """Into how many shares the rows of a tile of text keys go, so that a small batch keeps the card busy."""
+    tile = find_tile("text_gradient", architecture, q.dtype, max(q.shape[-1], v.shape[-1]))
+    programs = k.shape[0] * k.shape[1] * -(-k.shape[2] // tile.keys)
+    return min(max(PROGRAMS // programs, 1), MOST_SPLITS)
+
+
+def attend_step(
+    q, k_text, v_text, k_thought, v_thought, step: int | Tensor, rules: Rules, out: Tensor, lse: Tensor
+) -> None:
+    """Fill out [B, Hq, Nq, r, Dv] and lse [B, Hq, Nq, r]; tokens of the thoughts beyond ``step`` are never read."""
+    if out.numel():
+        launch = step_launch(q, k_text, v_text, k_thought, v_thought, step, rules, out, lse, architecture_of(q.device))
+        run_all([launch], q)

@@ -1,0 +1,11 @@
+"""Tiles of the attention kernels: ``rows`` are query rows, ``keys`` are keys, in ``tiles.json``."""
+
+from pathlib import Path
+
+from qstar_kernels.tile_table import TileTable
+
+KERNELS = ("forward", "query_gradient", "text_gradient", "own_gradient", "step")
+WIDTHS = (64, 128, 256)  # an entry of the table serves every width up to its own
+
+TABLE = TileTable(Path(__file__).with_name("tiles.json"))
+find_tile = TABLE.find
