@@ -2,8 +2,13 @@
 
 While a :func:`layout` is open, the mask function hands that layout to every layer in the place of a mask, and the
 attention function reads from it which keys each query may see. transformers carries it as an opaque object, so it
-survives gradient checkpointing and needs no code of any model. Without a layout both behave like ``sdpa``, or like the
-model's own eager attention where that knows something that sdpa does not (soft-cap, sinks).
+survives gradient checkpointing and needs no code of any model.
+
+Without a layout the pair is a drop-in for ``sdpa``. Causal attention of a whole text with a sliding window, a soft-cap
+or sinks goes to :func:`qstar_kernels.thought_attention`, which makes neither a mask nor dense scores, where
+:func:`fused_is_better` says so. Everything else (no such rule, padding, packed documents, a custom mask, decoding with
+a cache, dropout, compilation) goes to torch's ``sdpa``, or to the model's own eager attention for a soft-cap or sinks,
+which ``sdpa`` lacks.
 """
 
 from __future__ import annotations
@@ -16,10 +21,12 @@ from dataclasses import dataclass, replace
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from torch.utils._pytree import tree_map_only
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.import_utils import is_tracing
 
 from qstar_kernels import thought_attention, thought_attention_step
 
@@ -151,11 +158,71 @@ def layout(value: Layout) -> Iterator[None]:
         _open.layout = previous
 
 
+class WindowMask(Tensor):
+    """The mask of a sliding window over a whole text, ``[B, 1, N, N]`` boolean, made only if something reads it.
+
+    It is a tensor for the models that slice, extend or combine their masks: they find what ``sdpa_mask`` gives.
+    """
+
+    @staticmethod
+    def __new__(cls, window: int, arguments: dict) -> WindowMask:
+        shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=arguments["device"])
+
+    def __init__(self, window: int, arguments: dict):
+        self._window = window
+        self._arguments = arguments
+        self._dense: Tensor | None = None
+
+    @property
+    def window(self) -> int | None:
+        """The window in positions; None once the mask has been read, since it may have been changed in place."""
+        return self._window if self._dense is None else None
+
+    def dense(self) -> Tensor:
+        if self._dense is None:
+            self._dense = sdpa_mask(local_size=self._window, **self._arguments)
+        return self._dense
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 def qstar_mask(*, local_size: int | None = None, **kwargs) -> Layout | Tensor | None:
     """The mask function: the open layout with this layer's window; without one, the mask of ``sdpa``."""
-    if _open.layout is None:
-        return sdpa_mask(**kwargs) if local_size is None else sdpa_mask(local_size=local_size, **kwargs)
-    return replace(_open.layout, window=local_size)
+    if _open.layout is not None:
+        return replace(_open.layout, window=local_size)
+    if local_size is not None and _is_window_alone(local_size, **kwargs):
+        return WindowMask(local_size, kwargs)
+    return sdpa_mask(local_size=local_size, **kwargs)
+
+
+def _is_window_alone(
+    local_size: int,
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = False,
+    config: PreTrainedConfig | None = None,
+    **kwargs,
+) -> bool:
+    """Whether the mask is causal with a sliding window over a whole text, and nothing else: in doubt it is not.
+
+    transformers allows the skip of a causal mask where nobody has added a mask function, documents or blocks.
+    ``local_size`` may also be the size of a chunk, which only the config tells from a window.
+    """
+    if not allow_is_causal_skip or is_tracing(attention_mask):
+        return False
+    if local_size != getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
+        return False
+    if isinstance(q_offset, Tensor) or q_offset or kv_offset or not local_size < q_length == kv_length:
+        return False
+    return attention_mask is None or bool(attention_mask.all())
 
 
 def qstar_attention(
@@ -197,13 +264,15 @@ def qstar_attention(
             )
         if kwargs.get("position_bias") is not None:
             raise ValueError(f"{type(module).__name__} passes position_bias, which thought attention does not know")
-        query, key, value = _as_autocast(query, key, value)
-        sinks = None if s_aux is None else s_aux.to(query.dtype)
-        out = attention_mask.attend(module, query, key, value, scale=scaling, softcap=softcap, sinks=sinks)
-        return out, None
+        return _attend(attention_mask, module, query, key, value, scaling, softcap, s_aux), None
     if _open.layout is not None:
         raise ValueError(f"{type(module).__name__} did not pass the thought layout on: it makes a mask of its own")
     options = dict(kwargs, scaling=scaling, dropout=dropout)
+    text = _whole_text(module, query, key, value, attention_mask, options)
+    if text is not None and fused_is_better(query, text.window, softcap, s_aux):
+        return _attend(text, module, query, key, value, scaling, softcap, s_aux), None
+    if isinstance(attention_mask, WindowMask):
+        attention_mask = attention_mask.dense()
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if softcap is not None:
@@ -211,18 +280,65 @@ def qstar_attention(
     if s_aux is not None:
         options["s_aux"] = s_aux
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    if attention_mask is not None or causal:
+    if attention_mask is not None or _is_causal(module, options):
         attention_mask = _additive(attention_mask, query, key)
     return eager(module, query, key, value, attention_mask, **options)
 
 
+def fused_is_better(query: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None) -> bool:
+    """Whether a causal pass over a whole text should go to :func:`qstar_kernels.thought_attention`.
+
+    Against it stand ``sdpa`` with an ``[N, N]`` mask for a window, and eager attention with ``[B, Hq, N, N]`` scores
+    for a soft-cap or sinks. The lengths are those from which a forward and backward pass was measured to be faster on
+    a CPU; a forward pass alone gains from there too, but for windows in 16 bits from 768. On a GPU, which was not
+    measured, the argument is memory, and for windows also N * window operations instead of N * N.
+    """
+    positions, half = query.shape[2], _dtype(query).itemsize == 2
+    if softcap is not None or sinks is not None:
+        return positions >= (64 if half else 512)
+    return window is not None and positions >= (512 if half else 1024)
+
+
+def _whole_text(module: nn.Module, query, key, value, mask: Tensor | None, options: dict) -> Packed | None:
+    """The layout of a causal pass over a whole text, with or without a window; None for every other pass."""
+    if query.device.type not in ("cpu", "cuda") or is_tracing(query):
+        return None
+    if query.shape[::2] != key.shape[::2] or not _dtype(query) == _dtype(key) == _dtype(value):
+        return None
+    if any(options.get(name) for name in ("dropout", "output_attentions")):
+        return None
+    if any(options.get(name) is not None for name in ("position_bias", "cache")):
+        return None
+    if isinstance(mask, WindowMask) and mask.window is not None:
+        return Packed(slots=1, window=mask.window)
+    return Packed(slots=1) if mask is None and _is_causal(module, options) else None
+
+
+def _is_causal(module: nn.Module, options: dict) -> bool:
+    causal = options.get("is_causal")
+    return getattr(module, "is_causal", True) if causal is None else causal
+
+
+def _attend(
+    layout: Layout, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling, softcap, s_aux
+) -> Tensor:
+    """The output ``[B, S, Hq, Dv]`` under a layout.
+
+    The tensors take autocast's dtype where it is on: rotary embeddings leave queries and keys in float32.
+    """
+    query, key, value = _as_autocast(query, key, value)
+    sinks = None if s_aux is None else s_aux.to(query.dtype)
+    return layout.attend(module, query, key, value, scale=scaling, softcap=softcap, sinks=sinks).contiguous()
+
+
 def _as_autocast(*tensors: Tensor) -> Iterator[Tensor]:
-    """The tensors in autocast's dtype where it is on: rotary embeddings leave queries and keys in float32."""
-    device = tensors[0].device.type
-    enabled = torch.is_autocast_enabled(device)
-    return (x.to(torch.get_autocast_dtype(device)) if enabled else x for x in tensors)
+    return (x.to(_dtype(x)) for x in tensors)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """The dtype that x is computed in: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
