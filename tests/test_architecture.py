@@ -139,7 +139,7 @@ def test_every_broken_arrow_is_seen(tmp_path, path, source, complaint):
         "kernels/qstar_kernels/rotate/__init__.py": "",
         "kernels/qstar_kernels/primitives.py": "import triton",
         "kernels/qstar_kernels/reference.py": "import torch",
-        "kernels/qstar_kernels/resources.py": "from qstar_kernels.mix import cases\nfrom qstar_kernels.mix.cases import a",
+        "kernels/qstar_kernels/resources.py": "from qstar_kernels.mix import cases\nimport qstar_kernels.mix.cases",
         "kernels/qstar_kernels/testing.py": "from qstar_kernels import reference\nfrom qstar_kernels.mix import mix",
         "qstar/model.py": "import transformers\nfrom qstar_kernels import mix\nfrom qstar import grid",
     }

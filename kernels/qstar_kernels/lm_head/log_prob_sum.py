@@ -13,54 +13,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qstar_kernels.arguments import check_alike, check_tensor, choose_backend
-from qstar_kernels.lm_head.log_prob import check_rows, linear_log_prob
-from qstar_kernels.lm_head.logits import (
-    LogitMap,
-    accumulator_dtype,
-    add_product,
-    as_operand,
-    logit_chunks,
-    without_autocast,
-)
+from qstar_kernels.lm_head.log_prob import check_rows, differentiate, linear_log_prob
+from qstar_kernels.lm_head.logits import LogitMap, accumulator_dtype, triton_refusal
+from qstar_kernels.lm_head.rows import make_rows
 
 
 class _LinearLogProbSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, row_weight, forbidden, ignore_index, logit_map):
-        dtype = accumulator_dtype(hidden)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        log_prob = hidden.new_zeros(len(hidden), dtype=dtype)
-        d_hidden = torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
-        d_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
-        temperature, logit_scale, softcap = logit_map
+    def forward(ctx, hidden, weight, bias, targets, row_weight, forbidden, ignore_index, logit_map, backend):
+        head = make_rows(backend, weight, bias, forbidden, logit_map)
         rows = (targets != ignore_index).nonzero().squeeze(1)
-        with without_autocast(hidden):
-            factor = as_operand(weight)
-            for chunk, h, y in logit_chunks(hidden, factor, bias, forbidden, rows, logit_map):
-                slope = None
-                if softcap is not None and any(ctx.needs_input_grad):
-                    slope = (y * (temperature / softcap)).square_().neg_().add_(1.0)
-                column = targets[chunk, None]
-                log_p = torch.log_softmax(y, -1, out=y)
-                log_prob[chunk] = log_p.gather(1, column).squeeze(1)
-                if not any(ctx.needs_input_grad):
-                    continue
-                p = log_p.exp_()
-                d_logits = p.scatter_(1, column, p.gather(1, column) - 1.0)
-                d_logits.mul_((row_weight[chunk] * (-logit_scale / temperature))[:, None])
-                if slope is not None:
-                    d_logits.mul_(slope)
-                    if forbidden is not None:
-                        d_logits.index_fill_(1, forbidden, 0.0)
-                if needs_bias:
-                    d_bias += d_logits.sum(0)
-                d_logits = d_logits.to(factor.dtype)
-                if needs_hidden:
-                    d_hidden[chunk] = (d_logits @ factor).to(dtype)
-                if needs_weight:
-                    add_product(d_weight, d_logits.T, h)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        needs = ctx.needs_input_grad[:3]
+        log_prob = torch.zeros_like(row_weight, memory_format=torch.contiguous_format)
+        dtype = row_weight.dtype
+        grads = differentiate(hidden, head, rows, targets, row_weight, needs, dtype, log_prob=log_prob)
+        ctx.save_for_backward(*grads)
         ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(log_prob)
         return (log_prob * row_weight).sum(), log_prob
@@ -69,7 +36,7 @@ class _LinearLogProbSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_total, _):
         grads = (None if grad is None else (grad * d_total).to(ctx.dtype) for grad in ctx.saved_tensors)
-        return *grads, *(None,) * 5
+        return *grads, *(None,) * 6
 
 
 def linear_log_prob_sum(
@@ -108,7 +75,9 @@ def linear_log_prob_sum(
     check_tensor("row_weight", row_weight, "[R]", (hidden.shape[0],), (accumulator_dtype(hidden),))
     check_alike("row_weight", row_weight, "hidden", hidden, dtype=False)
     row_weight = row_weight.detach()
-    if choose_backend(backend) == "reference" or not torch.is_grad_enabled():
+    chosen = choose_backend(backend, on_gpu=hidden.is_cuda, triton_refusal=lambda: triton_refusal("hidden", hidden))
+    differentiates = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    if chosen == "reference" or not differentiates:
         log_prob = linear_log_prob(
             hidden,
             weight,
@@ -119,8 +88,10 @@ def linear_log_prob_sum(
             softcap=softcap,
             forbidden=forbidden,
             ignore_index=ignore_index,
-            backend=backend,
+            backend=chosen,
         )
         return (log_prob * row_weight).sum(), log_prob.detach()
     logit_map = LogitMap(temperature, logit_scale, softcap)
-    return _LinearLogProbSum.apply(hidden, weight, bias, targets, row_weight, forbidden, ignore_index, logit_map)
+    return _LinearLogProbSum.apply(
+        hidden, weight, bias, targets, row_weight, forbidden, ignore_index, logit_map, chosen
+    )

@@ -19,6 +19,7 @@ from qstar_kernels.arguments import check_alike, check_number, check_tensor
 CPU_CHUNK_ELEMENTS = 2**24  # 64 MB in fp32: at V = 50k still 340 rows, below which the products slow down
 CPU_CHUNK_ROWS = 1024  # the products gain nothing from more, and a small vocabulary's logits stay in the cache
 GPU_CHUNK_ELEMENTS = 2**29  # 2 GB in fp32: 4096 rows at V = 128k, enough to amortise adding to dW
+GPU_ROW_MULTIPLE = 128  # whole tiles of a product
 
 
 class LogitMap(NamedTuple):
@@ -51,45 +52,33 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: 
     return torch.addmm(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
 
 
-def logit_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    forbidden: Tensor | None,
-    rows: Tensor,
-    logit_map: LogitMap,
-    *,
-    column_multiple: int = 1,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def logit_chunks(hidden: Tensor, head, rows: Tensor, *, column_multiple: int = 1) -> Iterator[tuple[Tensor, ...]]:
     """Yield ``(rows, hidden[rows], y)`` by chunks of ``rows``; every ``y`` lives in the same buffer.
 
-    ``weight`` has been through :func:`as_operand`. ``y`` has V columns rounded up to ``column_multiple``, the extra
-    ones at -inf, and may be overwritten.
+    ``head`` is of ``rows.py`` or ``fused.py``, and says what ``y`` holds. It has V columns rounded up to
+    ``column_multiple`` and that of the head, powers of two, and may be overwritten.
     """
-    temperature, logit_scale, softcap = logit_map
-    vocabulary = weight.shape[0]
-    if weight.is_cuda:
+    vocabulary = len(head.weight)
+    column_multiple = max(column_multiple, head.column_multiple)
+    if hidden.is_cuda:
         height = max(1, GPU_CHUNK_ELEMENTS // vocabulary)
+        height -= height % GPU_ROW_MULTIPLE if height > GPU_ROW_MULTIPLE else 0
     else:
         height = max(1, min(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // vocabulary))
     width = -(-vocabulary // column_multiple) * column_multiple
     buffer = hidden.new_empty(min(height, len(rows)), width, dtype=accumulator_dtype(hidden))
-    gain = logit_scale / (temperature if softcap is None else softcap)
-
     for chunk in rows.split(height):
         factors = as_operand(hidden[chunk])
-        y = buffer[: len(chunk)]
-        logits = y[:, :vocabulary]
-        if bias is None:
-            add_product(logits, factors, weight.T, alpha=gain, beta=0.0)
-        else:
-            add_product(logits.copy_(bias), factors, weight.T, alpha=gain, beta=gain)
-        if softcap is not None:
-            logits.tanh_().mul_(softcap / temperature)
-        y[:, vocabulary:] = -torch.inf
-        if forbidden is not None:
-            y.index_fill_(1, forbidden, -torch.inf)
-        yield chunk, factors, y
+        yield chunk, factors, head.multiply(factors, buffer[: len(chunk)])
+
+
+def triton_refusal(name: str, x: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on ``x``, the argument ``name``, or None."""
+    try:
+        from qstar_kernels.lm_head import fused
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    return fused.unsupported(name, x)
 
 
 def check_head(

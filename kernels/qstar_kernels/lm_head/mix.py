@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from qstar_kernels import reference
 from qstar_kernels.arguments import check_alike, check_tensor, choose_backend
-from qstar_kernels.lm_head.logits import accumulator_dtype, without_autocast
+from qstar_kernels.lm_head.logits import accumulator_dtype, triton_refusal, without_autocast
 
 
 def _gather(base: Tensor, base_index: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -30,51 +30,72 @@ def _sum_by_index(rows: Tensor, index: Tensor, size: int) -> Tensor:
     return out.index_add_(0, index, rows)
 
 
+def _mix(base, thought, features, head_weight, base_index, sigmoid) -> tuple[Tensor, Tensor]:
+    dtype = accumulator_dtype(thought)
+    w = features.to(dtype) @ head_weight.to(dtype)
+    if sigmoid:
+        w = w.sigmoid_()
+    u = _gather(base, base_index, dtype)
+    mixed = (thought.to(dtype) - u).mul_(w[:, None]).add_(u)
+    # u + 0 would lose the sign of a zero and let a thought's infinity through.
+    return torch.where(w[:, None] == 0, u, mixed).to(thought.dtype), w
+
+
+def _mix_gradients(d_mixed, d_w, base, thought, features, head_weight, base_index, w, sigmoid, needs):
+    """Gradients of base, thought and features where needed, and of ``features . head_weight``."""
+    dtype = accumulator_dtype(thought)
+    d_base = d_thought = d_features = None
+    if d_mixed is not None:
+        d_mixed = d_mixed.to(dtype)
+        u = _gather(base, base_index, dtype)
+        row_dot = (thought.to(dtype) - u).mul_(d_mixed).sum(-1)
+        d_w = row_dot if d_w is None else d_w + row_dot
+        if needs[0]:
+            d_u = (1.0 - w)[:, None] * d_mixed
+            d_base = d_u if base_index is None else _sum_by_index(d_u, base_index, len(base))
+            d_base = d_base.to(base.dtype)
+        if needs[1]:
+            d_thought = (w[:, None] * d_mixed).to(thought.dtype)
+    d_score = d_w * w * (1.0 - w) if sigmoid else d_w
+    if needs[2]:
+        d_features = (d_score[:, None] * head_weight.to(dtype)).to(features.dtype)
+    return d_base, d_thought, d_features, d_score
+
+
 class _MixHidden(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, base, thought, features, head_weight, base_index, sigmoid):
-        dtype = accumulator_dtype(thought)
+    def forward(ctx, base, thought, features, head_weight, base_index, sigmoid, backend):
+        tensors = (base, thought, features, head_weight, base_index)
         with without_autocast(thought):
-            w = features.to(dtype) @ head_weight.to(dtype)
-            if sigmoid:
-                w = w.sigmoid_()
-            u = _gather(base, base_index, dtype)
-            mixed = (thought.to(dtype) - u).mul_(w[:, None]).add_(u)
-            # u + 0 would lose the sign of a zero and let a thought's infinity through.
-            mixed = torch.where(w[:, None] == 0, u, mixed).to(thought.dtype)
+            if backend == "triton":
+                from qstar_kernels.lm_head import fused
+
+                mixed, w = fused.mix(*tensors, sigmoid)
+            else:
+                mixed, w = _mix(*tensors, sigmoid)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(base, thought, features, head_weight, base_index, w)
-        ctx.sigmoid = sigmoid
+        ctx.save_for_backward(*tensors, w)
+        ctx.sigmoid, ctx.backend = sigmoid, backend
         return mixed, w
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_mixed, d_w):
         if d_mixed is None and d_w is None:
-            return (None,) * 6
-        base, thought, features, head_weight, base_index, w = ctx.saved_tensors
-        needs_base, needs_thought, needs_features, needs_head, *_ = ctx.needs_input_grad
-        dtype = accumulator_dtype(thought)
-        d_base = d_thought = d_features = d_head = None
-        with without_autocast(thought):
-            if d_mixed is not None:
-                d_mixed = d_mixed.to(dtype)
-                u = _gather(base, base_index, dtype)
-                row_dot = (thought.to(dtype) - u).mul_(d_mixed).sum(-1)
-                d_w = row_dot if d_w is None else d_w + row_dot
-                if needs_thought:
-                    d_thought = (w[:, None] * d_mixed).to(thought.dtype)
-                if needs_base:
-                    d_u = (1.0 - w)[:, None] * d_mixed
-                    d_base = d_u if base_index is None else _sum_by_index(d_u, base_index, len(base))
-                    d_base = d_base.to(base.dtype)
-            if ctx.sigmoid:
-                d_w = d_w * w * (1.0 - w)
-            if needs_features:
-                d_features = (d_w[:, None] * head_weight.to(dtype)).to(features.dtype)
-            if needs_head:
-                d_head = (d_w @ features.to(dtype)).to(head_weight.dtype)
-        return d_base, d_thought, d_features, d_head, None, None
+            return (None,) * 7
+        features, head_weight = ctx.saved_tensors[2:4]
+        arguments = (d_mixed, d_w, *ctx.saved_tensors, ctx.sigmoid, ctx.needs_input_grad[:3])
+        d_head = None
+        with without_autocast(features):
+            if ctx.backend == "triton":
+                from qstar_kernels.lm_head import fused
+
+                *grads, d_score = fused.mix_gradients(*arguments)
+            else:
+                *grads, d_score = _mix_gradients(*arguments)
+            if ctx.needs_input_grad[3]:
+                d_head = (d_score @ features.to(d_score.dtype)).to(head_weight.dtype)
+        return *grads, d_head, None, None, None
 
 
 def mix_hidden(
@@ -100,15 +121,16 @@ def mix_hidden(
         head_weight: ``[E]`` last layer of the mixing head; float64 only together with ``thought``.
         base_index: ``[R]`` int64, the row of ``base`` for each thought; None takes the rows in order, and ``Rb == R``.
         sigmoid: bound ``w`` to (0, 1).
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"reference"``, ``"torch"``, ``"triton"`` (not float64) or ``"auto"``: ``"triton"`` on a GPU where its
+            kernels can run, else ``"torch"``.
 
     Returns:
         ``mixed [R, E]`` in the dtype of ``thought`` and ``w [R]`` in float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; a named backend cannot run
+            on these tensors.
     """
-    backend = choose_backend(backend)
     check_tensor("thought", thought, "[R, E]", (None, None))
     rows, width = thought.shape
     if base_index is None:
@@ -129,7 +151,8 @@ def mix_hidden(
             value = base_index[outside][0].item()
             raise ValueError(f"base_index holds {value}, but its rows must be in [0, {len(base)})")
 
-    if backend == "reference":
+    chosen = choose_backend(backend, on_gpu=thought.is_cuda, triton_refusal=lambda: triton_refusal("thought", thought))
+    if chosen == "reference":
         with without_autocast(thought):
             return reference.mix_hidden(base, thought, features, head_weight, base_index=base_index, sigmoid=sigmoid)
-    return _MixHidden.apply(base, thought, features, head_weight, base_index, bool(sigmoid))
+    return _MixHidden.apply(base, thought, features, head_weight, base_index, bool(sigmoid), chosen)

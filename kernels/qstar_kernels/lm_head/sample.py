@@ -6,7 +6,7 @@ An exact draw in two stages, with two uniforms a row instead of one random numbe
     tile   = the first of the fixed tiles of 128 columns with   sum of p up to and with it  >  u1 sum(p)
     token  = the first of the tile's columns with               sum of p up to and with it  >  u2 sum(p in the tile)
 
-The sums over tiles and within a tile run in float64, so that tokens far below the top keep their share.
+The masses add up in float64 or in whole quanta, so that tokens far below the top keep their share.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from qstar_kernels.arguments import check_integer, check_number, choose_backend
 from qstar_kernels.lm_head.logits import (
     LogitMap,
     accumulator_dtype,
-    as_operand,
     check_head,
     check_ids,
     logit_chunks,
+    triton_refusal,
     without_autocast,
 )
+from qstar_kernels.lm_head.rows import make_rows
 from qstar_kernels.random_bits import row_uniforms
 
 TILE = 128
@@ -45,25 +46,48 @@ def _draw(p: Tensor, tile_uniform: Tensor, column_uniform: Tensor) -> Tensor:
     return tile * TILE + _pick(columns, column_uniform)
 
 
-def _sample(hidden, weight, bias, forbidden, rows, uniforms, temperature, logit_map):
-    tokens = torch.empty_like(rows)
-    log_prob = hidden.new_empty(len(rows), dtype=accumulator_dtype(hidden))
-    one_softmax = temperature == logit_map.temperature
-    scratch = None
-    chunks = logit_chunks(hidden, as_operand(weight), bias, forbidden, rows, logit_map, column_multiple=TILE)
-    for chunk, _, y in chunks:
-        if temperature == 0:
+class TorchDraws:
+    """Draws from chunks of logits; one buffer serves all."""
+
+    def __init__(self, vocabulary: int, logit_map: LogitMap, temperature: float, seed: int, step: int):
+        self.last = vocabulary - 1
+        self.temperature, self.log_prob_temperature = temperature, logit_map.temperature
+        self.seed, self.step = seed, step
+        self.scratch = None
+
+    def draw(self, y: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+        """tokens and log_prob of rows that are numbered from ``first_row``; overwrites ``y``."""
+        one_softmax = self.temperature == self.log_prob_temperature
+        if self.temperature == 0:
             token = y.argmax(-1, keepdim=True)
         else:
-            if scratch is None:
-                scratch = y if one_softmax else torch.empty_like(y)
-            p = y if one_softmax else torch.mul(y, logit_map.temperature / temperature, out=scratch[: len(y)])
+            if self.scratch is None:
+                self.scratch = y if one_softmax else torch.empty_like(y)
+            ratio = self.log_prob_temperature / self.temperature
+            p = y if one_softmax else torch.mul(y, ratio, out=self.scratch[: len(y)])
             torch.softmax(p, -1, out=p)
-            token = _draw(p, *(uniform[chunk] for uniform in uniforms))
-        token.clamp_(max=weight.shape[0] - 1)
+            rows = torch.arange(first_row, first_row + len(y), device=y.device)
+            token = _draw(p, *row_uniforms(self.seed, self.step, rows))
+        token.clamp_(max=self.last)
         log_p = p.gather(1, token).log_() if one_softmax else torch.log_softmax(y, -1, out=y).gather(1, token)
-        tokens[chunk] = token.squeeze(1)
-        log_prob[chunk] = log_p.squeeze(1)
+        return token.squeeze(1), log_p.squeeze(1)
+
+
+def _sample(hidden, weight, bias, forbidden, logit_map, temperature, seed, step, row_offset, backend):
+    head = make_rows(backend, weight, bias, forbidden, logit_map)
+    if backend == "triton":
+        from qstar_kernels.lm_head.fused import TritonDraws
+
+        draws = TritonDraws(head, logit_map, temperature, seed, step)
+    else:
+        draws = TorchDraws(len(weight), logit_map, temperature, seed, step)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    tokens, log_prob = torch.empty_like(rows), hidden.new_empty(len(rows), dtype=accumulator_dtype(hidden))
+    start = 0
+    for _, _, y in logit_chunks(hidden, head, rows, column_multiple=TILE):
+        end = start + len(y)
+        tokens[start:end], log_prob[start:end] = draws.draw(y, row_offset + start)
+        start = end
     return tokens, log_prob
 
 
@@ -102,16 +126,17 @@ def sample_linear(
         logit_scale: multiplies the logits before the soft-cap.
         softcap: above 0; bounds the logits by ``softcap tanh(x / softcap)``.
         forbidden: ``[F]`` int64 ids that are never drawn and do not count in the log-probability's normaliser.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"`` (dense).
+        backend: ``"reference"`` (dense), ``"torch"``, ``"triton"`` (kernels after the matrix library's product; not
+            float64) or ``"auto"``: ``"triton"`` on a GPU where its kernels can run, else ``"torch"``.
 
     Returns:
         ``tokens [R]`` int64 and ``log_prob [R]``, ``log softmax(z / log_prob_temperature)[token]`` in nats, at most 0,
         float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; a named backend cannot run
+            on these tensors.
     """
-    backend = choose_backend(backend)
     check_head(hidden, weight, bias, forbidden, logit_scale, softcap)
     check_integer("seed", seed)
     check_integer("step", step, at_least=0)
@@ -126,9 +151,10 @@ def sample_linear(
     check_number("temperature", temperature, at_least=0.0)
     check_number("log_prob_temperature", log_prob_temperature, above=0.0)
     check_ids(weight.shape[0], forbidden)
+    chosen = choose_backend(backend, on_gpu=hidden.is_cuda, triton_refusal=lambda: triton_refusal("hidden", hidden))
 
     with without_autocast(hidden):
-        if backend == "reference":
+        if chosen == "reference":
             return reference.sample_linear(
                 hidden,
                 weight,
@@ -142,7 +168,5 @@ def sample_linear(
                 softcap=softcap,
                 forbidden=forbidden,
             )
-        rows = torch.arange(len(hidden), device=hidden.device)
-        uniforms = row_uniforms(seed, step, rows + row_offset)
         logit_map = LogitMap(log_prob_temperature, logit_scale, softcap)
-        return _sample(hidden, weight, bias, forbidden, rows, uniforms, temperature, logit_map)
+        return _sample(hidden, weight, bias, forbidden, logit_map, temperature, seed, step, row_offset, chosen)

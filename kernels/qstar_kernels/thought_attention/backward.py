@@ -3,8 +3,8 @@
     p = exp(s - lse)    dp = do v^T    delta = rowsum(do * out)    ds = p (dp - delta)
     dq = scale ds k     dk = scale ds^T q    dv = p^T do
 
-``query_gradient_kernel`` takes a tile of rows as the forward does and makes delta and dq. ``key_gradient_kernel`` takes a
-tile of keys over all rows that see them; it runs once for the text keys and once for the own keys.
+``query_gradient_kernel`` takes a tile of rows as the forward does and makes delta and dq. ``key_gradient_kernel`` takes
+a tile of keys over all rows that see them; it runs once for the text keys and once for the own keys.
 """
 
 import triton
@@ -77,9 +77,7 @@ def query_gradient_kernel(
     position, slot, member = decode_rows(rows, count, slots, GROUP)
     head = kv_head * GROUP + member
     cell = tl.cast(position, tl.int64), tl.cast(slot, tl.int64)
-    q_tile = load_rows(
-        q + batch * q_stride[0], head * q_stride[1] + cell[0] * q_stride[2] + cell[1] * q_stride[3], D
-    )
+    q_tile = load_rows(q + batch * q_stride[0], head * q_stride[1] + cell[0] * q_stride[2] + cell[1] * q_stride[3], D)
     do_tile = load_rows(
         do + batch * do_stride[0], head * do_stride[1] + cell[0] * do_stride[2] + cell[1] * do_stride[3], DV
     )
@@ -157,6 +155,7 @@ def add_key_gradients(
         row_lse = tl.load(lse + flat) * LOG2E
         row_lse = tl.where((rows < end) & (row_lse != float("-inf")), row_lse, float("inf"))
         q_tile = load_rows(q, cell[0] * q_stride[1] + cell[1] * q_stride[2] + cell[2] * q_stride[3], D)
+        do_tile = load_rows(do, cell[0] * do_stride[1] + cell[1] * do_stride[2] + cell[2] * do_stride[3], DV)
         s = scores(k, q_tile, scale, softcap, PRECISION)
         p = tl.exp2(s - row_lse[None, :])
         if MASKED:
@@ -165,7 +164,6 @@ def add_key_gradients(
             else:
                 first, last = text_interval(position, slot, tokens, window, text_start)
             p = tl.where((keys[:, None] >= first[None, :]) & (keys[:, None] <= last[None, :]), p, 0.0)
-        do_tile = load_rows(do, cell[0] * do_stride[1] + cell[1] * do_stride[2] + cell[2] * do_stride[3], DV)
         dv = add_product(dv, p, do_tile, PRECISION)
         ds = p * (product(v, do_tile, PRECISION) - tl.load(delta + flat)[None, :])
         if softcap is not None:

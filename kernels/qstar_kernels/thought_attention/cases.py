@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qstar_kernels.launch import Launch
-from qstar_kernels.thought_attention import fused
+from qstar_kernels.thought_attention import composed, fused
 from qstar_kernels.thought_attention.blocks import Rules
 from qstar_kernels.thought_attention.tiles import KERNELS, TABLE, WIDTHS
 
-__all__ = ["KERNELS", "TABLE", "WIDTHS", "Shape", "build_launch"]
+__all__ = ["KERNELS", "TABLE", "WIDTHS", "Shape", "build_launch", "errors"]
 
 
 class Shape(NamedTuple):
@@ -64,3 +65,38 @@ def build_launch(
     if not own:
         dk, dv = dk[:, :, :, :, :1], dv[:, :, :, :, :1]
     return fused.key_gradient_launch(do, lse, delta, q, k, v, 1, given, dk, dv, own, architecture)
+
+
+def errors(kernel: str, dtype: torch.dtype, width: int, device: str) -> tuple[float, float]:
+    """Relative errors of the kernel and of the torch backend on a small shape, both against torch in float64."""
+    generator = torch.Generator(device).manual_seed(0)
+    q, do, k, v = (
+        torch.randn(2, heads, 150, 6, width, generator=generator, dtype=dtype, device=device) for heads in (6, 6, 2, 2)
+    )
+    exact = results(composed, kernel, *(x.double() for x in (q, do, k, v)))
+    ours, torchs = (results(module, kernel, q, do, k, v) for module in (fused, composed))
+    return distance(ours, exact), distance(torchs, exact)
+
+
+def results(module: ModuleType, kernel: str, q: Tensor, do: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """What ``module`` makes with the kernel among others."""
+    rules = Rules(q.shape[-1] ** -0.5)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if kernel == "step":
+        q = q[:, :, :, -1:].contiguous()
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=dtype, device=q.device)
+    if kernel == "step":
+        text, own = (k[:, :, :, 0], v[:, :, :, 0]), (k[:, :, :, None, 1:], v[:, :, :, None, 1:])
+        module.attend_step(q, *text, *own, k.shape[3] - 2, rules, out, lse)
+        return [out, lse]
+    module.attend(q, k, v, 1, rules, out, lse)
+    if kernel == "forward":
+        return [out, lse]
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    module.attend_backward(do, out, lse, q, k, v, 1, rules, *grads)
+    return grads
+
+
+def distance(found: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest relative error of any."""
+    return torch.stack([(x - y).norm() / y.norm() for x, y in zip(found, exact, strict=True)]).max().item()

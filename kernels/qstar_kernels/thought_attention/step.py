@@ -93,9 +93,7 @@ def step_kernel(
     head = kv_head * GROUP + tl.minimum(member, GROUP - 1)
     row_query = unit // rationales
     cell = tl.cast(row_query, tl.int64), tl.cast(unit % rationales, tl.int64)
-    q_tile = load_rows(
-        q + batch * q_stride[0], head * q_stride[1] + cell[0] * q_stride[2] + cell[1] * q_stride[3], D
-    )
+    q_tile = load_rows(q + batch * q_stride[0], head * q_stride[1] + cell[0] * q_stride[2] + cell[1] * q_stride[3], D)
 
     total, top = begin_softmax(sinks, head, ROWS)
     acc = (tl.zeros([ROWS, main_part(DV)], tl.float32),)
