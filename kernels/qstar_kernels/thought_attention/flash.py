@@ -59,11 +59,6 @@ def by_slot(x: Tensor) -> Tensor:
     return x.transpose(2, 3).flatten(1, 2)
 
 
-def packed(x: Tensor, kv_heads: int) -> Tensor:
-    """[B, Hq, N, C, ...] -> [B, Hkv, N, C, G, ...], contiguous."""
-    return grouped(x, kv_heads).contiguous()
-
-
 def block_rows(x: Tensor, start: int, stop: int) -> Tensor:
     """A block of positions of x [B, Hkv, N, C, G, ...] as rows [B, Hkv, rows, ...], small enough for a cache."""
     return x[:, :, start:stop].flatten(2, 4)
@@ -143,7 +138,7 @@ def attend_step(q, k_text, v_text, k_own, v_own, rules: Rules, out: Tensor, lse:
     """Fill out [B, Hq, N, r, D] and lse [B, Hq, N, r]; a query's own key is the last of k_own [B, Hkv, N, r, t, D]."""
     attend_text_by_slot(q, k_text, v_text, rules.scale, out, lse)
     kv_heads = k_text.shape[1]
-    scores = packed(q, kv_heads) @ (k_own * rules.scale).mT
+    scores = (grouped(q, kv_heads) * rules.scale) @ k_own.mT
     mine_lse = scores.logsumexp(dim=-1)
     mine = scores.sub_(mine_lse[..., None]).exp_() @ v_own
     merge(grouped(out, kv_heads), grouped(lse[..., None], kv_heads)[..., 0], mine, mine_lse)
