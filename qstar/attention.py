@@ -293,7 +293,7 @@ def fused_is_better(query: Tensor, window: int | None, softcap: float | None, si
     a CPU; a forward pass alone gains from there too, but for windows in 16 bits from 768. On a GPU, which was not
     measured, the argument is memory, and for windows also N * window operations instead of N * N.
     """
-    positions, half = query.shape[2], _dtype(query).itemsize == 2
+    positions, half = query.shape[2], compute_dtype(query).itemsize == 2
     if softcap is not None or sinks is not None:
         return positions >= (64 if half else 512)
     return window is not None and positions >= (512 if half else 1024)
@@ -303,7 +303,7 @@ def _whole_text(module: nn.Module, query, key, value, mask: Tensor | None, optio
     """The layout of a causal pass over a whole text, with or without a window; None for every other pass."""
     if query.device.type not in ("cpu", "cuda") or is_tracing(query):
         return None
-    if query.shape[::2] != key.shape[::2] or not _dtype(query) == _dtype(key) == _dtype(value):
+    if query.shape[::2] != key.shape[::2] or not compute_dtype(query) == compute_dtype(key) == compute_dtype(value):
         return None
     if any(options.get(name) for name in ("dropout", "output_attentions")):
         return None
@@ -332,10 +332,10 @@ def _attend(
 
 
 def _as_autocast(*tensors: Tensor) -> Iterator[Tensor]:
-    return (x.to(_dtype(x)) for x in tensors)
+    return (x.to(compute_dtype(x)) for x in tensors)
 
 
-def _dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that x is computed in: autocast's where it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -223,8 +223,9 @@ class Objective:
         counted = advantage.nonzero(as_tuple=True)
         length = thoughts.shape[-1]
         share = advantage[counted] / (whole.sum() * thoughts.shape[2] * length).clamp(min=1)
-        total, _ = model.language_head().log_prob_sum(
-            policy[counted].flatten(0, 1),
+        head = model.language_head()
+        total, _ = head.log_prob_sum(
+            policy[counted].flatten(0, 1).to(head.dtype),
             thoughts[counted].flatten(),
             share.repeat_interleave(length),
             temperature=self.reinforce_temperature,

@@ -107,44 +107,48 @@ class MixingHead(nn.Module):
 
 @dataclass(frozen=True)
 class LanguageHead:
-    """The output head as the ops take it: ``z = softcap(logit_scale * (h W^T + bias))``, thought tokens forbidden."""
+    """The output head as the ops take it: ``z = softcap(logit_scale * (h W^T + bias))``, thought tokens forbidden.
+
+    ``dtype`` is that of a GPU's products. Float32 states are scored exactly all the same, at the price of a product
+    more; ``states.to(head.dtype)`` saves it where differences between rows do not matter.
+    """
 
     weight: Tensor
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
     forbidden: Tensor
+    dtype: torch.dtype
 
-    def _options(self, hidden: Tensor) -> dict:
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        return dict(bias=bias, logit_scale=self.logit_scale, softcap=self.softcap, forbidden=self.forbidden)
+    @property
+    def _options(self) -> dict:
+        return dict(bias=self.bias, logit_scale=self.logit_scale, softcap=self.softcap, forbidden=self.forbidden)
+
+    def _product_dtype(self, hidden: Tensor) -> torch.dtype:
+        return self.dtype if hidden.dtype == torch.float32 else hidden.dtype
+
+    @functools.cached_property
+    def _rounded_weight(self) -> Tensor:
+        """For many draws; a CPU takes the weight as it is."""
+        return self.weight.detach().to(self.dtype if self.weight.is_cuda else self.weight.dtype)
 
     def log_prob(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probabilities ``[R]`` (fp32) of targets ``[R]`` at hidden ``[R, E]``; 0 for ignored targets."""
-        weight = self.weight.to(hidden.dtype)
-        return linear_log_prob(hidden, weight, targets, temperature=temperature, **self._options(hidden))
+        options = self._options | dict(temperature=temperature, product_dtype=self._product_dtype(hidden))
+        return linear_log_prob(hidden, self.weight, targets, **options)
 
     def log_prob_sum(
         self, hidden: Tensor, targets: Tensor, row_weight: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """The differentiable sum of ``row_weight`` ``[R]`` times log-probability, and the log-probabilities ``[R]``."""
-        weight = self.weight.to(hidden.dtype)
         row_weight = row_weight.to(torch.promote_types(hidden.dtype, torch.float32))
-        options = self._options(hidden)
-        return linear_log_prob_sum(hidden, weight, targets, row_weight, temperature=temperature, **options)
+        options = self._options | dict(temperature=temperature, product_dtype=self._product_dtype(hidden))
+        return linear_log_prob_sum(hidden, self.weight, targets, row_weight, **options)
 
     def sample(self, hidden: Tensor, *, seed: int, step: int, row_offset: int, temperature: float) -> Tensor:
         """Tokens ``[R]`` drawn at ``temperature``, the most probable ones at 0."""
-        weight = self.weight.to(hidden.dtype)
-        tokens, _ = sample_linear(
-            hidden,
-            weight,
-            seed=seed,
-            step=step,
-            row_offset=row_offset,
-            temperature=temperature,
-            **self._options(hidden),
-        )
+        options = self._options | dict(seed=seed, step=step, row_offset=row_offset, temperature=temperature)
+        tokens, _ = sample_linear(hidden.to(self.dtype), self._rounded_weight, **options)
         return tokens
 
 
@@ -209,7 +213,8 @@ class QuietStarMixin:
         )
         forbidden = torch.tensor([self.qstar.start_token_id, self.qstar.end_token_id], device=head.weight.device)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return LanguageHead(head.weight, head.bias, scale, softcap, forbidden)
+        dtype = attention.compute_dtype(head.weight) if head.weight.dtype == torch.float32 else head.weight.dtype
+        return LanguageHead(head.weight, head.bias, scale, softcap, forbidden, dtype)
 
     def save_pretrained(self, save_directory, *args, state_dict: dict[str, Tensor] | None = None, **kwargs):
         """Write the base model, its thought embeddings in the vocabulary's rows, and the mixing head beside it."""

@@ -10,7 +10,7 @@ from storage_watch import StorageWatch
 
 from qstar_kernels import sample_linear
 from qstar_kernels.lm_head import logits, sample
-from qstar_kernels.random_bits import LOW_32, philox4x32, row_uniforms
+from qstar_kernels.random_bits import LOW_32, philox4x32, row_uniforms, uniform
 from qstar_kernels.testing import assert_close
 
 OPTIONS = [
@@ -72,13 +72,31 @@ def test_uniforms_are_uniform_and_independent():
     streams = [*row_uniforms(7, 0, torch.arange(count)), row_uniforms(7, 1, torch.arange(count))[0]]
     streams += [row_uniforms(8, 0, torch.arange(count))[0], row_uniforms(7, 0, torch.arange(count) + 2**32)[0]]
     ladder = torch.arange(1, count + 1, dtype=torch.float64) / count
-    for uniform in streams:
-        assert uniform.min() >= 0 and uniform.max() < 1
-        assert torch.equal(uniform * 2**53, (uniform * 2**53).floor())
-        kolmogorov_smirnov = (uniform.sort().values - ladder).abs().max() * math.sqrt(count)
+    for stream in streams:
+        assert stream.min() >= 0 and stream.max() < 1
+        assert torch.equal(stream * 2**53, (stream * 2**53).floor())
+        kolmogorov_smirnov = (stream.sort().values - ladder).abs().max() * math.sqrt(count)
         assert kolmogorov_smirnov < 1.95  # exceeded once in a thousand
     correlation = torch.corrcoef(torch.stack(streams)).fill_diagonal_(0).abs().max()
     assert correlation < 4 / math.sqrt(count)
+
+
+@pytest.mark.parametrize("tail", ["upper", "lower"])
+@pytest.mark.parametrize("depth", [0.1, 1.0, 5.0, 10.0, 15.0, 20.0])
+def test_both_tails_of_a_uniform_have_their_share(depth, tail):
+    """e^-depth of all words, counted: a token that far below the rest is drawn as often as it should be."""
+    share = math.exp(-depth)
+
+    def within(words):
+        value = uniform(*(torch.tensor([part]) for part in (words >> 32, words & LOW_32))).item()
+        return value < share if tail == "lower" else value < 1 - share
+
+    found, end = 0, 2**64  # the words that are within are the first ones
+    while found < end:
+        middle = (found + end) // 2
+        found, end = (middle + 1, end) if within(middle) else (found, middle)
+    counted = found if tail == "lower" else 2**64 - found
+    assert counted / 2**64 == pytest.approx(share, rel=1e-6)
 
 
 def test_the_largest_uniform_still_draws_a_token():

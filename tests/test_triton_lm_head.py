@@ -190,7 +190,7 @@ def test_gradients_take_the_place_of_the_logits(dtype, options):
     assert d_logits.dtype == dtype and d_logits.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
     plain = TorchRows(torch.eye(vocabulary, dtype=torch.float64, device=DEVICE), bias.double(), forbidden, logit_map)
-    z = plain.multiply(product.double(), torch.empty(rows, vocabulary, dtype=torch.float64, device=DEVICE))
+    z = plain.multiply((product.double(),), torch.empty(rows, vocabulary, dtype=torch.float64, device=DEVICE))
     exact, exact_entropy = plain.score(z.clone(), targets, True)
     assert_close(log_prob, exact)
     assert_close(again, exact)

@@ -26,13 +26,18 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1, c2, c3
 
 
+def uniform(high: Tensor, low: Tensor) -> Tensor:
+    """A float64 uniform on [0, 1) of two words of 32 bits: ``(high 2^21 + floor(low / 2^11)) 2^-53``."""
+    return ((high << 21) | (low >> 11)).double() * 2.0**-53
+
+
 def row_uniforms(seed: int, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Two float64 uniforms on [0, 1), multiples of 2^-53, for every row.
 
     key = (seed low 32 bits, seed high 32 bits), counter = (row low, row high, step low, step high); words (w0, w1) make
-    the first uniform and (w2, w3) the second: ``(w_even 2^21 + floor(w_odd / 2^11)) 2^-53``.
+    the first :func:`uniform` and (w2, w3) the second.
     """
     step_words = (torch.full_like(rows, step & LOW_32), torch.full_like(rows, step >> 32 & LOW_32))
     key = (seed & LOW_32, seed >> 32 & LOW_32)
     w0, w1, w2, w3 = philox4x32((rows & LOW_32, rows >> 32 & LOW_32, *step_words), key)
-    return tuple(((high << 21) | (low >> 11)).double() * 2.0**-53 for high, low in ((w0, w1), (w2, w3)))
+    return uniform(w0, w1), uniform(w2, w3)

@@ -119,7 +119,7 @@ def pretrain(
     """Train a decoder from random weights; the model in ``eval()``, the steps taken, and what it can do then."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(_decoder_config(tokenizer, settings))
+        model = LlamaForCausalLM(decoder_config(tokenizer, settings))
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.learning_rate,
@@ -193,7 +193,7 @@ def _batch(tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> dict[str
     return dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
 
 
-def _decoder_config(tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings) -> LlamaConfig:
+def decoder_config(tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.width,

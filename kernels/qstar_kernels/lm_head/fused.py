@@ -141,9 +141,10 @@ class TritonRows:
         self.slope = logit_scale / temperature
         self.architecture = architecture or architecture_of(weight.device)
 
-    def multiply(self, factors: Tensor, y: Tensor) -> Tensor:
+    def multiply(self, factors: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """Fill the first V columns of ``y`` with h W^T, the forbidden ones with -inf; the rest is for the kernels."""
-        add_product(y[:, : len(self.weight)], factors, self.weight.T, beta=0.0)
+        for index, factor in enumerate(factors):
+            add_product(y[:, : len(self.weight)], factor, self.weight.T, beta=float(index > 0))
         return y if self.forbidden is None else y.index_fill_(1, self.forbidden, -torch.inf)
 
     def score(self, y: Tensor, targets: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor | None]:

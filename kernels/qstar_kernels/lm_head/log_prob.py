@@ -21,6 +21,7 @@ from qstar_kernels.lm_head.logits import (
     check_head,
     check_ids,
     logit_chunks,
+    product,
     triton_refusal,
     without_autocast,
 )
@@ -46,7 +47,7 @@ def differentiate(
         hidden.new_zeros(len(head.weight), dtype=wide) if needs[2] else None,
     )
     with without_autocast(hidden):
-        for chunk, h, y in logit_chunks(hidden, head, rows):
+        for chunk, factors, y in logit_chunks(hidden, head, rows):
             given = (None if x is None else x[chunk] for x in (d_log_prob, d_entropy, entropy))
             scores = None if log_prob is None else log_prob.new_empty(len(chunk))
             d_logits = head.gradient(y, targets[chunk], *given, scores)
@@ -55,16 +56,16 @@ def differentiate(
             if d_bias is not None:
                 d_bias += d_logits.sum(0, dtype=wide)
             if d_hidden is not None:
-                d_hidden[chunk] = (d_logits @ head.weight).to(dtype)
+                d_hidden[chunk] = product(d_logits, head.weight, dtype)
             if d_weight is not None:
-                add_product(d_weight, d_logits.T, h)
+                add_product(d_weight, d_logits.T, factors[0])
     return grads
 
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, forbidden, ignore_index, logit_map, want_entropy, backend):
-        head = make_rows(backend, weight, bias, forbidden, logit_map)
+    def forward(ctx, hidden, weight, bias, targets, forbidden, ignore_index, want_entropy, backend, *head_options):
+        head = make_rows(backend, weight, bias, forbidden, *head_options)
         log_prob = hidden.new_zeros(len(hidden), dtype=accumulator_dtype(hidden))
         entropy = torch.zeros_like(log_prob) if want_entropy else None
         rows = (targets != ignore_index).nonzero().squeeze(1)
@@ -77,35 +78,39 @@ class _LinearLogProb(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(hidden, weight, bias, targets, forbidden, entropy)
-            ctx.ignore_index, ctx.logit_map, ctx.backend = ignore_index, logit_map, backend
+            ctx.ignore_index, ctx.backend, ctx.head_options = ignore_index, backend, head_options
         return (log_prob, entropy) if want_entropy else log_prob
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_log_prob, d_entropy=None):
         if d_log_prob is None and d_entropy is None:
-            return (None,) * 9
+            return (None,) * 10
         hidden, weight, bias, targets, forbidden, entropy = ctx.saved_tensors
         if d_log_prob is None:
             d_log_prob = torch.zeros_like(d_entropy)
         wanted = d_log_prob != 0 if d_entropy is None else (d_log_prob != 0) | (d_entropy != 0)
         rows = (wanted & (targets != ctx.ignore_index)).nonzero().squeeze(1)
-        head = make_rows(ctx.backend, weight, bias, forbidden, ctx.logit_map)
+        head = make_rows(ctx.backend, weight, bias, forbidden, *ctx.head_options)
         needs = ctx.needs_input_grad[:3]
         grads = differentiate(
             hidden, head, rows, targets, d_log_prob, needs, hidden.dtype, d_entropy=d_entropy, entropy=entropy
         )
-        return *(None if grad is None else grad.to(hidden.dtype) for grad in grads), *(None,) * 6
+        inputs = zip(grads, (hidden, weight, bias), strict=True)
+        return *(None if grad is None else grad.to(x.dtype) for grad, x in inputs), *(None,) * 7
 
 
-def check_rows(hidden, weight, targets, bias, temperature, logit_scale, softcap, forbidden, ignore_index) -> None:
-    """Check the arguments of a scored head."""
-    check_head(hidden, weight, bias, forbidden, logit_scale, softcap)
+def check_rows(
+    hidden, weight, targets, bias, temperature, logit_scale, softcap, forbidden, ignore_index, product_dtype
+) -> torch.dtype:
+    """Check the arguments of a scored head; returns the dtype of the products."""
+    product_dtype = check_head(hidden, weight, bias, forbidden, logit_scale, softcap, product_dtype)
     check_tensor("targets", targets, "[R]", (hidden.shape[0],), (torch.int64,))
     check_alike("targets", targets, "hidden", hidden, dtype=False)
     check_number("temperature", temperature, above=0.0)
     check_integer("ignore_index", ignore_index)
     check_ids(weight.shape[0], forbidden, targets, ignore_index)
+    return product_dtype
 
 
 def linear_log_prob(
@@ -120,6 +125,7 @@ def linear_log_prob(
     forbidden: Tensor | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    product_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each row's target under ``softmax(softcap(logit_scale (h W^T + bias)) / temperature)``.
@@ -130,15 +136,18 @@ def linear_log_prob(
 
     Args:
         hidden: ``[R, E]``, float64, float32, bfloat16 or float16.
-        weight: ``[V, E]``, the dtype of ``hidden``.
+        weight: ``[V, E]``, the dtype of ``hidden``, that of the products, or float32 beside 16-bit ``hidden``.
         targets: ``[R]`` int64 token ids, or ``ignore_index``.
-        bias: ``[V]``, the dtype of ``hidden``.
+        bias: ``[V]``, a dtype that ``weight`` may have.
         temperature: divides the logits; above 0.
         logit_scale: multiplies the logits before the soft-cap.
         softcap: above 0; bounds the logits by ``softcap tanh(x / softcap)``.
         forbidden: ``[F]`` int64 ids whose probability is 0, inside the normaliser.
         ignore_index: a target that marks a row to leave out: its results are 0, as are its gradients.
         return_entropy: return the entropy of every row's distribution as well.
+        product_dtype: that of the factors in a GPU's products, by default that of ``hidden``. bfloat16 and float16 are
+            for float32 ``hidden``: the logits then take two products, of what ``hidden`` rounds to and of what that
+            loses, so that small differences between rows outlive the rounding. CPUs make them in float32 all the same.
         backend: ``"reference"`` (dense), ``"torch"``, ``"triton"`` (kernels between the matrix library's products;
             not float64) or ``"auto"``: ``"triton"`` on a GPU where its kernels can run, else ``"torch"``.
 
@@ -150,7 +159,9 @@ def linear_log_prob(
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; a target is neither in
             ``[0, V)`` nor ``ignore_index``, or it is forbidden; a named backend cannot run on these tensors.
     """
-    check_rows(hidden, weight, targets, bias, temperature, logit_scale, softcap, forbidden, ignore_index)
+    product_dtype = check_rows(
+        hidden, weight, targets, bias, temperature, logit_scale, softcap, forbidden, ignore_index, product_dtype
+    )
     chosen = choose_backend(backend, on_gpu=hidden.is_cuda, triton_refusal=lambda: triton_refusal("hidden", hidden))
     if chosen == "reference":
         with without_autocast(hidden):
@@ -168,5 +179,5 @@ def linear_log_prob(
             )
     logit_map = LogitMap(temperature, logit_scale, softcap)
     return _LinearLogProb.apply(
-        hidden, weight, bias, targets, forbidden, ignore_index, logit_map, bool(return_entropy), chosen
+        hidden, weight, bias, targets, forbidden, ignore_index, bool(return_entropy), chosen, logit_map, product_dtype
     )

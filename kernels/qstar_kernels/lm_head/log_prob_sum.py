@@ -20,23 +20,23 @@ from qstar_kernels.lm_head.rows import make_rows
 
 class _LinearLogProbSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, row_weight, forbidden, ignore_index, logit_map, backend):
-        head = make_rows(backend, weight, bias, forbidden, logit_map)
+    def forward(ctx, hidden, weight, bias, targets, row_weight, forbidden, ignore_index, backend, *head_options):
+        head = make_rows(backend, weight, bias, forbidden, *head_options)
         rows = (targets != ignore_index).nonzero().squeeze(1)
         needs = ctx.needs_input_grad[:3]
         log_prob = torch.zeros_like(row_weight, memory_format=torch.contiguous_format)
         dtype = row_weight.dtype
         grads = differentiate(hidden, head, rows, targets, row_weight, needs, dtype, log_prob=log_prob)
         ctx.save_for_backward(*grads)
-        ctx.dtype = hidden.dtype
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(log_prob)
         return (log_prob * row_weight).sum(), log_prob
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total, _):
-        grads = (None if grad is None else (grad * d_total).to(ctx.dtype) for grad in ctx.saved_tensors)
-        return *grads, *(None,) * 6
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if grad is None else (grad * d_total).to(dtype) for grad, dtype in saved), *(None,) * 7
 
 
 def linear_log_prob_sum(
@@ -51,6 +51,7 @@ def linear_log_prob_sum(
     softcap: float | None = None,
     forbidden: Tensor | None = None,
     ignore_index: int = -100,
+    product_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The sum of ``row_weight * log_prob``, see :func:`qstar_kernels.linear_log_prob`, in one pass over the logits.
@@ -60,10 +61,11 @@ def linear_log_prob_sum(
 
     Args:
         hidden: ``[R, E]``, float64, float32, bfloat16 or float16.
-        weight: ``[V, E]``, the dtype of ``hidden``.
+        weight: ``[V, E]``, the dtype of ``hidden``, that of the products, or float32 beside 16-bit ``hidden``.
         targets: ``[R]`` int64 token ids, or ``ignore_index``.
         row_weight: ``[R]`` float32 (float64 for float64 inputs).
-        bias, temperature, logit_scale, softcap, forbidden, ignore_index, backend: as for ``linear_log_prob``.
+        bias, temperature, logit_scale, softcap, forbidden, ignore_index, product_dtype, backend: as for
+            ``linear_log_prob``.
 
     Returns:
         ``total``, a scalar, and ``log_prob [R]``, which is not differentiable: nats, in the dtype of ``row_weight``.
@@ -71,7 +73,9 @@ def linear_log_prob_sum(
     Raises:
         TypeError, ValueError: as ``linear_log_prob``.
     """
-    check_rows(hidden, weight, targets, bias, temperature, logit_scale, softcap, forbidden, ignore_index)
+    product_dtype = check_rows(
+        hidden, weight, targets, bias, temperature, logit_scale, softcap, forbidden, ignore_index, product_dtype
+    )
     check_tensor("row_weight", row_weight, "[R]", (hidden.shape[0],), (accumulator_dtype(hidden),))
     check_alike("row_weight", row_weight, "hidden", hidden, dtype=False)
     row_weight = row_weight.detach()
@@ -88,10 +92,11 @@ def linear_log_prob_sum(
             softcap=softcap,
             forbidden=forbidden,
             ignore_index=ignore_index,
+            product_dtype=product_dtype,
             backend=chosen,
         )
         return (log_prob * row_weight).sum(), log_prob.detach()
     logit_map = LogitMap(temperature, logit_scale, softcap)
     return _LinearLogProbSum.apply(
-        hidden, weight, bias, targets, row_weight, forbidden, ignore_index, logit_map, chosen
+        hidden, weight, bias, targets, row_weight, forbidden, ignore_index, chosen, logit_map, product_dtype
     )

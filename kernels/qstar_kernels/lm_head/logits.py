@@ -40,9 +40,17 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def as_operand(tensor: Tensor) -> Tensor:
-    """A factor of a product: GPUs accumulate 16-bit factors in fp32, CPU libraries would round the result."""
-    return tensor if tensor.is_cuda else tensor.to(accumulator_dtype(tensor))
+def as_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor of products in ``dtype``; float32 on a CPU, whose libraries round the products of 16-bit factors."""
+    return tensor.to(dtype) if tensor.is_cuda else tensor.to(accumulator_dtype(tensor))
+
+
+def split(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """``hidden`` as a sum of factors in ``dtype``: what rounding a wider one to it loses is a second factor."""
+    high = hidden.to(dtype)
+    if dtype.itemsize >= hidden.dtype.itemsize:
+        return (high,)
+    return high, (hidden - high).to(dtype)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
@@ -52,11 +60,17 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: 
     return torch.addmm(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
 
 
-def logit_chunks(hidden: Tensor, head, rows: Tensor, *, column_multiple: int = 1) -> Iterator[tuple[Tensor, ...]]:
-    """Yield ``(rows, hidden[rows], y)`` by chunks of ``rows``; every ``y`` lives in the same buffer.
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a b`` in ``dtype``, rounded once."""
+    return torch.mm(a, b, out_dtype=dtype) if dtype.itemsize > a.dtype.itemsize else (a @ b).to(dtype)
 
-    ``head`` is of ``rows.py`` or ``fused.py``, and says what ``y`` holds. It has V columns rounded up to
-    ``column_multiple`` and that of the head, powers of two, and may be overwritten.
+
+def logit_chunks(hidden: Tensor, head, rows: Tensor, *, column_multiple: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    """Yield ``(rows, factors, y)`` by chunks of ``rows``; every ``y`` lives in the same buffer.
+
+    ``factors`` are those of :func:`split`, for products with the head's weight. ``head`` is of ``rows.py`` or
+    ``fused.py``, and says what ``y`` holds. It has V columns rounded up to ``column_multiple`` and that of the head,
+    powers of two, and may be overwritten.
     """
     vocabulary = len(head.weight)
     column_multiple = max(column_multiple, head.column_multiple)
@@ -68,7 +82,7 @@ def logit_chunks(hidden: Tensor, head, rows: Tensor, *, column_multiple: int = 1
     width = -(-vocabulary // column_multiple) * column_multiple
     buffer = hidden.new_empty(min(height, len(rows)), width, dtype=accumulator_dtype(hidden))
     for chunk in rows.split(height):
-        factors = as_operand(hidden[chunk])
+        factors = split(hidden[chunk], head.weight.dtype)
         yield chunk, factors, head.multiply(factors, buffer[: len(chunk)])
 
 
@@ -88,22 +102,31 @@ def check_head(
     forbidden: Tensor | None,
     logit_scale: float,
     softcap: float | None,
-) -> None:
-    """Check everything that can be checked without waiting for the device."""
+    product_dtype: torch.dtype | None,
+) -> torch.dtype:
+    """Check everything that can be checked without waiting for the device; returns the dtype of the products."""
     check_tensor("hidden", hidden, "[R, E]", (None, None))
-    check_tensor("weight", weight, "[V, E]", (None, hidden.shape[1]))
-    check_alike("weight", weight, "hidden", hidden)
+    narrower = (torch.bfloat16, torch.float16) if hidden.dtype == torch.float32 else ()
+    if product_dtype is None:
+        product_dtype = hidden.dtype
+    elif product_dtype not in (hidden.dtype, *narrower):
+        wanted = " or ".join(map(str, (hidden.dtype, *narrower)))
+        raise ValueError(f"product_dtype is {product_dtype!r}, but beside hidden of {hidden.dtype} it must be {wanted}")
+    dtypes = tuple(dict.fromkeys((product_dtype, hidden.dtype, accumulator_dtype(hidden))))
+    check_tensor("weight", weight, "[V, E]", (None, hidden.shape[1]), dtypes)
+    check_alike("weight", weight, "hidden", hidden, dtype=False)
     if weight.shape[0] == 0:
         raise ValueError(f"weight has shape {list(weight.shape)}, but it must be [V, E] with V at least 1")
     if bias is not None:
-        check_tensor("bias", bias, "[V]", (weight.shape[0],))
-        check_alike("bias", bias, "hidden", hidden)
+        check_tensor("bias", bias, "[V]", (weight.shape[0],), dtypes)
+        check_alike("bias", bias, "hidden", hidden, dtype=False)
     if forbidden is not None:
         check_tensor("forbidden", forbidden, "[F]", (None,), (torch.int64,))
         check_alike("forbidden", forbidden, "hidden", hidden, dtype=False)
     check_number("logit_scale", logit_scale)
     if softcap is not None:
         check_number("softcap", softcap, above=0.0)
+    return product_dtype
 
 
 def check_ids(

@@ -25,15 +25,16 @@ class TorchRows:
         self.forbidden = forbidden
         self.logit_map = logit_map
 
-    def multiply(self, factors: Tensor, y: Tensor) -> Tensor:
+    def multiply(self, factors: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """Fill ``y``, whose columns beyond V are at -inf."""
         temperature, logit_scale, softcap = self.logit_map
         gain = logit_scale / (temperature if softcap is None else softcap)
         logits = y[:, : len(self.weight)]
-        if self.bias is None:
-            add_product(logits, factors, self.weight.T, alpha=gain, beta=0.0)
-        else:
-            add_product(logits.copy_(self.bias), factors, self.weight.T, alpha=gain, beta=gain)
+        if self.bias is not None:
+            logits.copy_(self.bias)
+        for index, factor in enumerate(factors):
+            beta = 1.0 if index else 0.0 if self.bias is None else gain
+            add_product(logits, factor, self.weight.T, alpha=gain, beta=beta)
         if softcap is not None:
             logits.tanh_().mul_(softcap / temperature)
         y[:, len(self.weight) :] = -torch.inf
@@ -84,10 +85,18 @@ class TorchRows:
         return d_logits.to(self.weight.dtype)
 
 
-def make_rows(backend: str, weight: Tensor, bias: Tensor | None, forbidden: Tensor | None, logit_map: LogitMap):
+def make_rows(
+    backend: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    forbidden: Tensor | None,
+    logit_map: LogitMap,
+    product_dtype: torch.dtype,
+):
     """The rows of a head by ``backend``, "torch" or "triton"."""
+    weight = as_operand(weight, product_dtype)
     if backend == "triton":
         from qstar_kernels.lm_head.fused import TritonRows
 
-        return TritonRows(as_operand(weight), bias, forbidden, logit_map)
-    return TorchRows(as_operand(weight), bias, forbidden, logit_map)
+        return TritonRows(weight, bias, forbidden, logit_map)
+    return TorchRows(weight, bias, forbidden, logit_map)

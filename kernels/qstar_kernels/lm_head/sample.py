@@ -73,8 +73,8 @@ class TorchDraws:
         return token.squeeze(1), log_p.squeeze(1)
 
 
-def _sample(hidden, weight, bias, forbidden, logit_map, temperature, seed, step, row_offset, backend):
-    head = make_rows(backend, weight, bias, forbidden, logit_map)
+def _sample(hidden, weight, bias, forbidden, logit_map, product_dtype, temperature, seed, step, row_offset, backend):
+    head = make_rows(backend, weight, bias, forbidden, logit_map, product_dtype)
     if backend == "triton":
         from qstar_kernels.lm_head.fused import TritonDraws
 
@@ -105,6 +105,7 @@ def sample_linear(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     forbidden: Tensor | None = None,
+    product_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Draw a token for each row from ``softmax(softcap(logit_scale (h W^T + bias)) / temperature)``.
@@ -116,16 +117,17 @@ def sample_linear(
 
     Args:
         hidden: ``[R, E]``, float64, float32, bfloat16 or float16.
-        weight: ``[V, E]``, the dtype of ``hidden``.
+        weight: ``[V, E]``, the dtype of ``hidden``, that of the products, or float32 beside 16-bit ``hidden``.
         seed: any integer of 64 bits, signed or not.
         step: at least 0, below 2^64: draws of different steps are independent.
         row_offset: at least 0: the number of the first row among all rows that share ``seed`` and ``step``.
-        bias: ``[V]``, the dtype of ``hidden``.
+        bias: ``[V]``, a dtype that ``weight`` may have.
         temperature: at least 0; 0 takes the arg-max, the lowest id among equals.
         log_prob_temperature: above 0; the temperature of the returned log-probability.
         logit_scale: multiplies the logits before the soft-cap.
         softcap: above 0; bounds the logits by ``softcap tanh(x / softcap)``.
         forbidden: ``[F]`` int64 ids that are never drawn and do not count in the log-probability's normaliser.
+        product_dtype: as for :func:`qstar_kernels.linear_log_prob`.
         backend: ``"reference"`` (dense), ``"torch"``, ``"triton"`` (kernels after the matrix library's product; not
             float64) or ``"auto"``: ``"triton"`` on a GPU where its kernels can run, else ``"torch"``.
 
@@ -137,7 +139,7 @@ def sample_linear(
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; a named backend cannot run
             on these tensors.
     """
-    check_head(hidden, weight, bias, forbidden, logit_scale, softcap)
+    product_dtype = check_head(hidden, weight, bias, forbidden, logit_scale, softcap, product_dtype)
     check_integer("seed", seed)
     check_integer("step", step, at_least=0)
     check_integer("row_offset", row_offset, at_least=0)
@@ -169,4 +171,6 @@ def sample_linear(
                 forbidden=forbidden,
             )
         logit_map = LogitMap(log_prob_temperature, logit_scale, softcap)
-        return _sample(hidden, weight, bias, forbidden, logit_map, temperature, seed, step, row_offset, chosen)
+        return _sample(
+            hidden, weight, bias, forbidden, logit_map, product_dtype, temperature, seed, step, row_offset, chosen
+        )
