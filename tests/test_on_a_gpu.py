@@ -1,0 +1,150 @@
+"""What only a GPU can show: offsets beyond 2^31, repeats at full size, graphs, no waiting for the device, a whole step.
+
+The kernels' other tests run there as well: each takes a GPU where there is one.
+"""
+
+import contextlib
+
+import pytest
+import tiny
+import torch
+
+from qstar.losses import Objective
+from qstar_kernels import sample_linear, thought_attention, thought_attention_step
+from qstar_kernels.testing import AttentionCase, attention_inputs, relative_error
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+LLAMA_LIKE = AttentionCase(batch=2, heads=32, kv_heads=8, positions=512, tokens=16, width=128, value_width=128)
+
+
+def states(case: AttentionCase, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    """q, k, v and the gradient of out."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def make(heads):
+        shape = (case.batch, case.positions, case.slots, heads, case.width)
+        return torch.randn(shape, generator=generator, dtype=dtype, device="cuda").permute(0, 3, 1, 2, 4)
+
+    return [make(heads) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
+
+
+def run(q, k, v, do):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = thought_attention(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, do)]
+
+
+def step_inputs(case: AttentionCase) -> list[torch.Tensor]:
+    q, k, v, _ = states(case)
+    return [q[:, :, :, :1].contiguous(), *(x[:, :, :, 0] for x in (k, v)), *(x[:, :, :, None, 1:] for x in (k, v))]
+
+
+@contextlib.contextmanager
+def refused_waits():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_repeats_bit_for_bit():
+    inputs = states(LLAMA_LIKE)
+    first = run(*inputs)
+    for _ in range(249):
+        assert all(torch.equal(x, y) for x, y in zip(run(*inputs), first, strict=True))
+
+
+def test_more_than_two_to_the_31_elements():
+    """The last sequence of the last heads, far beyond what 32 bits can address, is what it is on its own."""
+    case = LLAMA_LIKE._replace(batch=4, positions=4096, width=256, value_width=256)
+    q, k, v, do = states(case)
+    assert q.numel() > 2**31
+    group = case.heads // case.kv_heads
+    small = [x[-1:, -heads:].clone() for x, heads in ((q, group), (k, 1), (v, 1), (do, group))]
+    for x, y, heads in zip(run(q, k, v, do), run(*small), (group, group, 1, 1), strict=True):
+        assert relative_error(x[-1:, -heads:], y) < 1e-3
+
+
+def test_the_step_goes_into_a_graph():
+    """Captured once, with the step's number on the device, and replayed for every token."""
+    inputs = step_inputs(LLAMA_LIKE)
+    step = torch.zeros((), dtype=torch.int64, device="cuda")
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            thought_attention_step(*inputs, step)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = thought_attention_step(*inputs, step)
+        for token in range(LLAMA_LIKE.tokens):
+            step.fill_(token)
+            graph.replay()
+            assert torch.equal(out, thought_attention_step(*inputs, token))
+
+
+def test_the_host_never_waits():
+    inputs, step = states(LLAMA_LIKE), step_inputs(LLAMA_LIKE)
+    run(*inputs)
+    thought_attention_step(*step, 3)
+    with refused_waits():
+        run(*inputs)
+        thought_attention_step(*step, 3)
+
+
+def test_compiled_by_inductor():
+    inputs = states(LLAMA_LIKE)
+    expected = run(*inputs)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda q, k, v: thought_attention(q, k, v) * 2, fullgraph=True)
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    out = compiled(*leaves)
+    grads = torch.autograd.grad(out, leaves, inputs[3] / 2)
+    for x, y in zip((out / 2, *grads), expected, strict=True):
+        assert relative_error(x, y) < 1e-2
+
+
+def test_every_rule_at_full_size():
+    case = LLAMA_LIKE._replace(
+        batch=1, heads=8, kv_heads=2, positions=200, rationales=2, window=70, softcap=5.0, sinks=True, text_start=True
+    )
+    inputs = attention_inputs(case, torch.bfloat16)
+    rules = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in inputs.rules.items()}
+    results = {}
+    for backend, dtype in (("triton", torch.bfloat16), ("torch", torch.float64)):
+        leaves = [x.detach().to("cuda", dtype).requires_grad_() for x in inputs.leaves]
+        out = thought_attention(*leaves[:3], sinks=leaves[3], **rules, backend=backend)
+        results[backend] = [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+    for mine, exact in zip(*results.values(), strict=True):
+        assert relative_error(mine, exact) < 2e-2
+
+
+def test_draws_are_those_of_a_cpu():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(500, 64), torch.randn(5000, 64) * 0.2
+    expected, expected_log_prob = sample_linear(hidden, weight, seed=1)
+    tokens, log_prob = (x.cpu() for x in sample_linear(hidden.cuda(), weight.cuda(), seed=1))
+    same = tokens == expected
+    assert same.float().mean() > 0.995
+    torch.testing.assert_close(log_prob[same], expected_log_prob[same], rtol=0, atol=2e-5)
+
+
+def test_a_training_step_is_that_of_a_cpu():
+    """With the same thoughts: loss, reward and every gradient, in float32."""
+    results = []
+    for device in ("cpu", "cuda"):
+        model = tiny.thinking_model("llama", changes=dict(hidden_size=64, head_dim=16)).to(device)
+        tokens, thoughts = tiny.text(2, 33), tiny.random_thoughts(model, 2, 33)
+        output = Objective()(model, tokens.to(device), thoughts=thoughts.to(device))
+        output.loss.backward()
+        assert output.rewarded > 0
+        gradients = {name: x.grad.cpu() for name, x in model.named_parameters() if x.grad is not None}
+        results.append((output.loss.item(), output.reward.item(), gradients))
+    (loss, reward, gradients), (loss_there, reward_there, gradients_there) = results
+    assert loss_there == pytest.approx(loss, rel=1e-5)
+    assert reward_there == pytest.approx(reward, rel=1e-4)
+    assert gradients.keys() == gradients_there.keys()
+    for name, x in gradients.items():
+        assert relative_error(gradients_there[name], x) < 1e-3, name
