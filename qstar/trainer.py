@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qstar.cpu import keep_freed_memory
 from qstar.data import AnyDataset, PadRight
@@ -202,6 +204,13 @@ class QuietStarTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write its state last, also where it replaces one, so that :func:`last_whole_checkpoint` knows it."""
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.is_fsdp_enabled:  # its checkpoints hold every tensor, ours included
@@ -230,6 +239,23 @@ class TrainResult:
     folder: Path = Path()
 
 
+def last_whole_checkpoint(folder: str | Path) -> Path | None:
+    """The latest checkpoint in ``folder`` that no kill cut short; None if there is none."""
+
+    def step(checkpoint: Path) -> int:
+        number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        return int(number) if number.isdecimal() else -1
+
+    for checkpoint in sorted(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=step, reverse=True):
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):
+            logger.warning("%s was cut short and is left out", checkpoint)
+        else:
+            return checkpoint
+    return None
+
+
 def fit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -241,8 +267,12 @@ def fit(
     """Train on packed rows, save model, tokenizer and settings into ``args.output_dir``, and return the metrics."""
     if args.device.type == "cpu":
         keep_freed_memory()
+    if resume_from_checkpoint is True:
+        resume_from_checkpoint = last_whole_checkpoint(args.output_dir)
+        if resume_from_checkpoint is None:
+            logger.warning("%s holds no whole checkpoint: training begins at the beginning", args.output_dir)
     trainer = QuietStarTrainer(model, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
-    outcome = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    outcome = trainer.train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint))
     trainer.save_model()
     trainer.save_state()
     if held_out is not None and args.eval_strategy == "no":

@@ -47,7 +47,8 @@ def train(
         tokenizer: of a model object; found by the model's name by default.
         eval_dataset: held-out text, evaluated as ``eval_strategy`` says, or at the end.
         batch_size: rows in a batch, on each device; another name for ``per_device_train_batch_size``.
-        resume_from_checkpoint: go on with the last checkpoint in ``output_dir`` (True), or with a given one.
+        resume_from_checkpoint: go on with the last checkpoint in ``output_dir`` that a kill has not cut short, from the
+            beginning if there is none (True), or with a given one.
         settings: any field of :class:`qstar.trainer.QuietStarArguments`, and so of ``TrainingArguments``:
             ``learning_rate``, ``seq_length``, ``seed``, ``text_column``, ``max_steps``, ...
 
