@@ -327,8 +327,7 @@ def _attend(
     The tensors take autocast's dtype where it is on: rotary embeddings leave queries and keys in float32.
     """
     query, key, value = _as_autocast(query, key, value)
-    sinks = None if s_aux is None else s_aux.to(query.dtype)
-    return layout.attend(module, query, key, value, scale=scaling, softcap=softcap, sinks=sinks).contiguous()
+    return layout.attend(module, query, key, value, scale=scaling, softcap=softcap, sinks=s_aux).contiguous()
 
 
 def _as_autocast(*tensors: Tensor) -> Iterator[Tensor]:

@@ -32,6 +32,7 @@ CASES = {
     "96 wide": SMALL._replace(positions=4, width=96, value_width=96),
     "256 wide": SMALL._replace(positions=3, width=256, value_width=256),
     "window": SMALL._replace(window=5),
+    "window of several tiles": SMALL._replace(window=5, positions=33),
     "window within a thought": SMALL._replace(window=2, positions=7),
     "soft-cap": SMALL._replace(softcap=1.5, positions=7),
     "sinks": SMALL._replace(sinks=True, positions=7),
@@ -110,6 +111,54 @@ def test_strides():
     assert_equals_reference(inputs._replace(k=shared, v=every_other))
 
 
+def test_strides_of_the_sinks():
+    inputs = attention_inputs(SMALL._replace(heads=4, positions=5, sinks=True), torch.float32)
+    assert_equals_reference(inputs._replace(sinks=inputs.sinks.detach().repeat_interleave(2)[::2]))
+    assert_equals_reference(inputs._replace(sinks=inputs.sinks.detach()[:1].expand(4)))
+
+
+@pytest.mark.parametrize("window", [2**28, 2**31 - 1, 2**40], ids=str)
+def test_a_window_that_hides_nothing(window):
+    inputs = on_device(attention_inputs(SMALL._replace(positions=7), torch.float32))
+    do = torch.randn((), dtype=torch.float64)
+    (out, lse, grads), expected = (
+        run(inputs._replace(rules=inputs.rules | {"window": each}), do) for each in (window, None)
+    )
+    assert all(torch.equal(x, y) for x, y in zip((out, lse, *grads), (*expected[:2], *expected[2]), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stride", "copied"),
+    [((0, 0, 2**23, 2**10, 1), True), ((0, 0, 2**22, 2**10, 1), False), ((0, 0, 1, 2**30, 1), True)],
+)
+def test_what_32_bits_cannot_address_is_copied(stride, copied):
+    x = torch.empty_strided((1, 1, 3, 9, 16), stride, device="meta")
+    assert (fused.reachable(x) is x) != copied
+
+
+def test_products_are_exact_unless_torch_and_the_card_allow_others():
+    cards = ("sm_80", "sm_100", "gfx942", "gfx90a", "gfx1100")
+    before = torch.get_float32_matmul_precision()
+    assert {fused.precision(torch.float32, card) for card in cards} == {"ieee"}
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert [fused.precision(torch.float32, card) for card in cards] == ["tf32", "tf32", "tf32", "ieee", "ieee"]
+        assert {fused.precision(torch.bfloat16, card) for card in cards} == {"ieee"}
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_a_nan_is_not_hidden(backend):
+    inputs = on_device(attention_inputs(SMALL._replace(positions=3), torch.float32))
+    q = inputs.q.detach().clone()
+    q[0, 1, 1, 2] = torch.nan
+    out, lse = thought_attention(q, *inputs[1:3], return_lse=True, backend=backend)
+    hit = torch.zeros_like(lse, dtype=torch.bool)
+    hit[0, 1, 1, 2] = True
+    assert torch.equal(lse.isnan(), hit) and torch.equal(out.isnan().all(-1), hit)
+
+
 def test_other_thoughts_and_later_text_have_no_influence():
     case = SMALL._replace(rationales=2, positions=9)
     inputs = on_device(attention_inputs(case, torch.float32))
@@ -150,6 +199,19 @@ def test_rows_that_see_nothing(sinks):
     torch.testing.assert_close(lse[:, :, :2, 0], expected.expand(1, 2, 2).to(DEVICE))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_sink_that_is_not_there_learns_nothing(backend):
+    """Nor where a row sees nothing at all."""
+    inputs = on_device(attention_inputs(SMALL._replace(positions=4, sinks=True, text_start=True), torch.float32))
+    inputs.rules["text_start"] = torch.tensor([[9, 4, 0, -3]], device=DEVICE)
+    sinks = inputs.sinks.detach().clone()
+    sinks[0] = -torch.inf
+    inputs = inputs._replace(sinks=sinks.requires_grad_())
+    grads, expected = (run(x, torch.ones(()), name)[2] for x, name in ((inputs, backend), (exact(inputs), "reference")))
+    assert grads[3][0] == 0
+    assert_close(grads[3], expected[3], gradient=True)
+
+
 @pytest.mark.parametrize("empty", [{"batch": 0}, {"positions": 0}], ids=str)
 def test_empty(empty):
     inputs = on_device(attention_inputs(SMALL._replace(sinks=True, **empty), torch.float32))
@@ -163,6 +225,8 @@ STEPS = {
     "first token": (SMALL, 0, 19),
     "last positions": (SMALL._replace(rationales=2, heads=6, kv_heads=2, value_width=40), 1, 4),
     "group of seven": (SMALL._replace(heads=7, width=96, value_width=96, positions=7), 2, 7),
+    "more heads than a tile has rows": (SMALL._replace(heads=17, positions=3), 1, 2),
+    "twice as many": (SMALL._replace(heads=64, kv_heads=2, positions=3, rationales=2, sinks=True), 1, 2),
     "window within a thought": (SMALL._replace(window=2), 2, 19),
     "all rules": (SMALL._replace(rationales=2, window=6, softcap=2.0, sinks=True, text_start=True), 2, 13),
 }

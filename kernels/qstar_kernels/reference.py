@@ -56,7 +56,7 @@ def masked_attention(
         sink = sinks.to(compute)[None, :, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)
 
-    sees_any = (scores > -torch.inf).any(dim=-1, keepdim=True)
+    sees_any = (scores != -torch.inf).any(dim=-1, keepdim=True)
     scores = torch.where(sees_any, scores, 0.0)
     weights = torch.where(sees_any, scores.softmax(dim=-1), 0.0)[..., : k.shape[2]]
     lse = torch.where(sees_any[..., 0], scores.logsumexp(dim=-1), -torch.inf)

@@ -25,9 +25,11 @@ from qstar_kernels.thought_attention.visible import (
     key_offsets,
     key_origin,
     own_interval,
+    own_range,
     scores,
     softcap_slope,
     text_interval,
+    text_ranges,
 )
 
 
@@ -87,8 +89,7 @@ def query_gradient_kernel(
     flat = ((head + batch * kv_heads * GROUP) * positions + cell[0]) * slots + cell[1]
     row_delta = row_dot(do_tile, out_tile)
     tl.store(delta + flat, row_delta, mask=keep)
-    row_lse = tl.load(lse + flat) * LOG2E
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)  # nothing seen: every weight is 0
+    row_lse = tl.load(lse + flat) * LOG2E  # -inf where nothing was seen: all of that is masked
 
     k += batch * k_stride[0] + kv_head * k_stride[1]
     v += batch * v_stride[0] + kv_head * v_stride[1]
@@ -96,31 +97,24 @@ def query_gradient_kernel(
         text_start += batch * positions
     first_flat = tile * ROWS // GROUP
     last_flat = (tl.minimum(tile * ROWS + ROWS, count) - 1) // GROUP
-    first_position = first_flat // slots
-    last_position = last_flat // slots
 
     acc = zero_rows(ROWS, D)
     if HAS_OWN:
-        own = slots - 1
-        begin = (first_position * own + tl.maximum(first_flat % slots - 1, 0)) // tokens * tokens
-        end = last_position * own + last_flat % slots
+        begin, end = own_range(first_flat, last_flat, slots, tokens)
         first, last = own_interval(position, slot, slots, tokens, window)
         acc = add_query_gradient(
-            acc, q_tile, do_tile, row_lse, row_delta, k, v, k_stride, v_stride, begin, end, positions * own, first,
-            last, slots, scale, softcap, OWN=True, MASKED=True, KEYS=KEYS, D=D, DV=DV, PRECISION=PRECISION,
+            acc, q_tile, do_tile, row_lse, row_delta, k, v, k_stride, v_stride, begin, end, positions * (slots - 1),
+            first, last, slots, scale, softcap, OWN=True, MASKED=True, KEYS=KEYS, D=D, DV=DV, PRECISION=PRECISION,
         )  # fmt: skip
     first, last = text_interval(position, slot, tokens, window, text_start)
-    end = last_position + 1
-    full_end = (first_position + 1) // KEYS * KEYS
-    full_begin = 0
+    begin, full_begin, full_end, end = text_ranges(
+        first, first_flat // slots, last_flat // slots, window is not None or text_start is not None, KEYS
+    )
     if window is not None or text_start is not None:
-        begin = tl.min(first, 0) // KEYS * KEYS
-        full_begin = tl.minimum(tl.cdiv(tl.max(first, 0), KEYS) * KEYS, tl.cdiv(end, KEYS) * KEYS)
         acc = add_query_gradient(
             acc, q_tile, do_tile, row_lse, row_delta, k, v, k_stride, v_stride, begin, full_begin, positions, first,
             last, slots, scale, softcap, OWN=False, MASKED=True, KEYS=KEYS, D=D, DV=DV, PRECISION=PRECISION,
         )  # fmt: skip
-        full_end = tl.maximum(full_begin, full_end)
     acc = add_query_gradient(
         acc, q_tile, do_tile, row_lse, row_delta, k, v, k_stride, v_stride, full_begin, full_end, positions, first,
         last, slots, scale, softcap, OWN=False, MASKED=False, KEYS=KEYS, D=D, DV=DV, PRECISION=PRECISION,
@@ -144,16 +138,14 @@ def add_key_gradients(
 ):  # fmt: skip
     """dk, before the scale, and dv of ``keys`` plus what the rows begin .. end give; q, do, lse and delta of the group.
 
-    Rows beyond the end, which repeat the last, get an infinite log-sum-exp and so no weight, like those that saw
-    nothing.
+    Rows beyond the end, which repeat the last, get an infinite log-sum-exp and so no weight.
     """
     for start in range(begin, end, ROWS):
         rows = start + tl.arange(0, ROWS)
         position, slot, member = decode_rows(rows, end, slots, GROUP)
         cell = tl.cast(member, tl.int64), tl.cast(position, tl.int64), tl.cast(slot, tl.int64)
         flat = (member * positions + position) * slots + slot
-        row_lse = tl.load(lse + flat) * LOG2E
-        row_lse = tl.where((rows < end) & (row_lse != float("-inf")), row_lse, float("inf"))
+        row_lse = tl.where(rows < end, tl.load(lse + flat) * LOG2E, float("inf"))
         q_tile = load_rows(q, cell[0] * q_stride[1] + cell[1] * q_stride[2] + cell[2] * q_stride[3], D)
         do_tile = load_rows(do, cell[0] * do_stride[1] + cell[1] * do_stride[2] + cell[2] * do_stride[3], DV)
         s = scores(k, q_tile, scale, softcap, PRECISION)
@@ -215,7 +207,7 @@ def key_gradient_kernel(
         begin = first_key * slots * GROUP
         end = count
         if window is not None:
-            end = tl.minimum(end, (last_key + window) * slots * GROUP)
+            end = (last_key + tl.minimum(window, positions - last_key)) * slots * GROUP  # no more than count
     size = tl.cdiv(tl.cdiv(end - begin, ROWS), splits) * ROWS
     begin += share * size
     end = tl.minimum(begin + size, end)

@@ -26,6 +26,11 @@ class Rules(NamedTuple):
     sinks: Tensor | None = None
     text_start: Tensor | None = None
 
+    def within(self, positions: int, tokens: int) -> Rules:
+        """The same rules, without a window so wide that it hides nothing."""
+        hides = self.window is not None and self.window < positions + tokens
+        return self if hides else self._replace(window=None)
+
 
 class Block(NamedTuple):
     """Some positions' queries of some key/value heads of some sequences, and the text keys that they may see."""

@@ -18,8 +18,7 @@ def split_slots(x: Tensor, rationales: int) -> tuple[Tensor, Tensor | None]:
 
 def needed(rules: Rules, positions: int, tokens: int) -> Rules:
     """The rules without those that hide nothing."""
-    if rules.window is not None and rules.window >= positions + tokens:
-        rules = rules._replace(window=None)
+    rules = rules.within(positions, tokens)
     if rules.text_start is not None and not (rules.text_start > 0).any():
         rules = rules._replace(text_start=None)
     return rules

@@ -9,8 +9,10 @@ from qstar_kernels.thought_attention.visible import (
     key_offsets,
     key_origin,
     own_interval,
+    own_range,
     scores,
     text_interval,
+    text_ranges,
 )
 
 
@@ -54,17 +56,12 @@ def attend_text(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of the positions first_position .. last_position over the text; BOUNDED if ``first`` is not always 0."""
-    end = last_position + 1
-    full_end = (first_position + 1) // KEYS * KEYS
-    full_begin = 0
+    begin, full_begin, full_end, end = text_ranges(first, first_position, last_position, BOUNDED, KEYS)
     if BOUNDED:
-        begin = tl.maximum(tl.min(first, 0), 0) // KEYS * KEYS
-        full_begin = tl.minimum(tl.cdiv(tl.max(first, 0), KEYS) * KEYS, tl.cdiv(end, KEYS) * KEYS)
         acc, total, top = attend(
             acc, total, top, q, k, v, k_stride, v_stride, begin, full_begin, positions, first, last, 1, scale, softcap,
             OWN=False, MASKED=True, KEYS=KEYS, D=D, DV=DV, PRECISION=PRECISION,
         )  # fmt: skip
-        full_end = tl.maximum(full_begin, full_end)
     acc, total, top = attend(
         acc, total, top, q, k, v, k_stride, v_stride, full_begin, full_end, positions, first, last, 1, scale, softcap,
         OWN=False, MASKED=False, KEYS=KEYS, D=D, DV=DV, PRECISION=PRECISION,
@@ -89,7 +86,7 @@ def begin_softmax(sinks, heads, M: tl.constexpr):
 @triton.jit
 def end_softmax(acc, total, top):
     """Output and natural log-sum-exp; a row that met nothing has 0 and -inf."""
-    seen = total > 0
+    seen = total != 0  # a NaN has been seen
     out = scale_rows(acc, tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0))
     lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
     return out, lse
@@ -121,24 +118,21 @@ def forward_kernel(
         text_start += batch * positions
     first_flat = tile * ROWS // GROUP
     last_flat = (tl.minimum(tile * ROWS + ROWS, count) - 1) // GROUP
-    first_position = first_flat // slots
-    last_position = last_flat // slots
 
     total, top = begin_softmax(sinks, head, ROWS)
     acc = zero_rows(ROWS, DV)
     if HAS_OWN:
-        own = slots - 1
-        begin = (first_position * own + tl.maximum(first_flat % slots - 1, 0)) // tokens * tokens
-        end = last_position * own + last_flat % slots
+        begin, end = own_range(first_flat, last_flat, slots, tokens)
         first, last = own_interval(position, slot, slots, tokens, window)
         acc, total, top = attend(
-            acc, total, top, q_tile, k, v, k_stride, v_stride, begin, end, positions * own, first, last, slots, scale,
-            softcap, OWN=True, MASKED=True, KEYS=KEYS, D=D, DV=DV, PRECISION=PRECISION,
+            acc, total, top, q_tile, k, v, k_stride, v_stride, begin, end, positions * (slots - 1), first, last, slots,
+            scale, softcap, OWN=True, MASKED=True, KEYS=KEYS, D=D, DV=DV, PRECISION=PRECISION,
         )  # fmt: skip
     first, last = text_interval(position, slot, tokens, window, text_start)
     acc, total, top = attend_text(
-        acc, total, top, q_tile, k, v, k_stride, v_stride, first_position, last_position, first, last, positions, scale,
-        softcap, BOUNDED=window is not None or text_start is not None, KEYS=KEYS, D=D, DV=DV, PRECISION=PRECISION,
+        acc, total, top, q_tile, k, v, k_stride, v_stride, first_flat // slots, last_flat // slots, first, last,
+        positions, scale, softcap, BOUNDED=window is not None or text_start is not None, KEYS=KEYS, D=D, DV=DV,
+        PRECISION=PRECISION,
     )  # fmt: skip
 
     keep = rows < count

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qstar_kernels.launch import Launch, architecture_of, run_all
-from qstar_kernels.primitives import INTERPRETED
+from qstar_kernels.launch import Launch, architecture_of, device_refusal, run_all
 from qstar_kernels.thought_attention.backward import key_gradient_kernel, query_gradient_kernel
 from qstar_kernels.thought_attention.blocks import Rules
 from qstar_kernels.thought_attention.forward import forward_kernel
@@ -17,19 +16,16 @@ from qstar_kernels.thought_attention.tiles import find_tile
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NARROWEST, WIDEST = 16, 256
+MOST_KEYS = 256  # of any tile
 PROGRAMS = 264  # the rows of a key tile are shared out until there are as many programs as two for each processor
 MOST_SPLITS = 8
 
 
 def unsupported(q: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot run on these, or None."""
-    if q.device.type == "cpu":
-        if not INTERPRETED:
-            return "q is on cpu, where the kernels run only under TRITON_INTERPRET=1, set before the import"
-    elif q.device.type != "cuda":
-        return f"q is on {q.device.type}"
-    elif torch.version.hip is None and torch.cuda.get_device_properties(q.device).major < 8:
-        return f"{torch.cuda.get_device_properties(q.device).name} is older than compute capability 8.0"
+    refusal = device_refusal("q", q)
+    if refusal is not None:
+        return refusal
     if q.dtype not in DTYPES:
         return f"q has dtype {q.dtype}"
     for name, width in (("q", q.shape[-1]), ("v", v.shape[-1])):
@@ -38,21 +34,36 @@ def unsupported(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def precision() -> str:
-    """How float32 products are made: exactly, unless torch's own switch allows TensorFloat-32."""
+def precision(dtype: torch.dtype, architecture: str) -> str:
+    """How float32 products are made: exactly, unless torch's own switch allows TensorFloat-32 and the card has it."""
+    if dtype != torch.float32 or not architecture.startswith(("sm_", "gfx94")):
+        return "ieee"
     switch = torch.backends.cuda.matmul.fp32_precision
     return "tf32" if "tf32" in (switch, torch.backends.fp32_precision if switch == "none" else "") else "ieee"
 
 
-def grid_arguments(q: Tensor, k: Tensor, v: Tensor, rationales: int, rules: Rules) -> dict:
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """What a kernel reads without strides."""
+    return None if x is None else x.contiguous()
+
+
+def reachable(x: Tensor) -> Tensor:
+    """Keys or values [B, Hkv, N, ...], copied where 32 bits cannot address a tile of them from its first key."""
+    inside = sum((size - 1) * stride for size, stride in zip(x.shape[3:], x.stride()[3:], strict=True))
+    return x if MOST_KEYS * x.stride(2) + inside < 2**31 else x.contiguous()
+
+
+def grid_arguments(q: Tensor, k: Tensor, v: Tensor, rationales: int, rules: Rules, architecture: str) -> dict:
     """What the packed kernels share."""
     batch, heads, positions, slots, width = q.shape
     kv_heads = k.shape[1]
+    tokens = max((slots - 1) // rationales, 1)
+    rules = rules.within(positions, tokens)
     return {
         "q": q,
         "k": k,
         "v": v,
-        "text_start": None if rules.text_start is None else rules.text_start.contiguous(),
+        "text_start": contiguous(rules.text_start),
         "q_stride": q.stride()[:4],
         "k_stride": k.stride()[:4],
         "v_stride": v.stride()[:4],
@@ -60,22 +71,22 @@ def grid_arguments(q: Tensor, k: Tensor, v: Tensor, rationales: int, rules: Rule
         "kv_heads": kv_heads,
         "positions": positions,
         "slots": slots,
-        "tokens": max((slots - 1) // rationales, 1),
+        "tokens": tokens,
         "scale": rules.scale,
         "window": rules.window,
         "softcap": rules.softcap,
         "GROUP": heads // kv_heads,
         "D": width,
         "DV": v.shape[-1],
-        "PRECISION": precision(),
+        "PRECISION": precision(q.dtype, architecture),
     }
 
 
 def forward_launch(q, k, v, rationales: int, rules: Rules, out: Tensor, lse: Tensor, architecture: str) -> Launch:
-    shared = grid_arguments(q, k, v, rationales, rules)
+    shared = grid_arguments(q, k, v, rationales, rules, architecture)
     tile = find_tile("forward", architecture, q.dtype, max(q.shape[-1], v.shape[-1]))
     rows = q.shape[2] * q.shape[3] * shared["GROUP"]
-    arguments = {"out": out, "lse": lse, "sinks": rules.sinks, "out_stride": out.stride()[:4]}
+    arguments = {"out": out, "lse": lse, "sinks": contiguous(rules.sinks), "out_stride": out.stride()[:4]}
     own = {"HAS_OWN": q.shape[3] > 1}
     return Launch(forward_kernel, -(-rows // tile.rows) * shared["pairs"], shared | arguments | own, tile)
 
@@ -83,7 +94,7 @@ def forward_launch(q, k, v, rationales: int, rules: Rules, out: Tensor, lse: Ten
 def query_gradient_launch(
     do, out, lse, delta, q, k, v, rationales: int, rules: Rules, dq: Tensor, architecture: str
 ) -> Launch:
-    shared = grid_arguments(q, k, v, rationales, rules)
+    shared = grid_arguments(q, k, v, rationales, rules, architecture)
     tile = find_tile("query_gradient", architecture, q.dtype, max(q.shape[-1], v.shape[-1]))
     rows = q.shape[2] * q.shape[3] * shared["GROUP"]
     arguments = {
@@ -104,7 +115,7 @@ def key_gradient_launch(
     do, lse, delta, q, k, v, rationales: int, rules: Rules, dk: Tensor, dv: Tensor, own: bool, architecture: str
 ) -> Launch:
     """dk and dv [splits, B, Hkv, N, C, ...]; of the own keys, or with C = 1 of the text keys."""
-    shared = grid_arguments(q, k, v, rationales, rules)
+    shared = grid_arguments(q, k, v, rationales, rules, architecture)
     tile = find_tile("own_gradient" if own else "text_gradient", architecture, q.dtype, max(q.shape[-1], v.shape[-1]))
     keys = q.shape[2] * (q.shape[3] - 1) if own else q.shape[2]
     splits = dk.shape[0]
@@ -131,7 +142,9 @@ def step_launch(
     kv_heads, positions = k_text.shape[1:3]
     group = heads // kv_heads
     tile = find_tile("step", architecture, q.dtype, max(width, v_text.shape[-1]))
-    units = max(tile.rows // (1 << (group - 1).bit_length()), 1)
+    at_once = min(1 << (group - 1).bit_length(), tile.rows)  # heads of a group
+    programs = -(-queries * rationales // (tile.rows // at_once)) * -(-group // at_once) * batch * kv_heads
+    rules = rules.within(positions, k_thought.shape[4])
     arguments = {
         "q": q,
         "k_text": k_text,
@@ -141,8 +154,8 @@ def step_launch(
         "step": step,
         "out": out,
         "lse": lse,
-        "sinks": rules.sinks,
-        "text_start": None if rules.text_start is None else rules.text_start.contiguous(),
+        "sinks": contiguous(rules.sinks),
+        "text_start": contiguous(rules.text_start),
         "q_stride": q.stride()[:4],
         "k_text_stride": k_text.stride()[:3],
         "v_text_stride": v_text.stride()[:3],
@@ -161,21 +174,22 @@ def step_launch(
         "D": width,
         "DV": v_text.shape[-1],
         "STEP_IN_MEMORY": isinstance(step, Tensor),
-        "PRECISION": precision(),
+        "PRECISION": precision(q.dtype, architecture),
     }
-    return Launch(step_kernel, -(-queries * rationales // units) * batch * kv_heads, arguments, tile)
+    return Launch(step_kernel, programs, arguments, tile)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rationales: int, rules: Rules, out: Tensor, lse: Tensor) -> None:
     """Fill out [B, Hq, N, C, Dv] and lse [B, Hq, N, C]."""
     if out.numel():
         architecture = architecture_of(q.device)
-        run_all([forward_launch(q, k, v, rationales, rules, out, lse, architecture)], q)
+        run_all([forward_launch(q, reachable(k), reachable(v), rationales, rules, out, lse, architecture)], q)
 
 
 def attend_backward(do, out, lse, q, k, v, rationales: int, rules: Rules, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Fill dq, dk and dv."""
     if out.numel():
+        k, v = reachable(k), reachable(v)
         run_all(backward_launches(do, out, lse, q, k, v, rationales, rules, dq, dk, dv), q)
 
 
@@ -207,5 +221,6 @@ def attend_step(
 ) -> None:
     """Fill out [B, Hq, Nq, r, Dv] and lse [B, Hq, Nq, r]; tokens of the thoughts beyond ``step`` are never read."""
     if out.numel():
-        launch = step_launch(q, k_text, v_text, k_thought, v_thought, step, rules, out, lse, architecture_of(q.device))
+        text = reachable(k_text), reachable(v_text)
+        launch = step_launch(q, *text, k_thought, v_thought, step, rules, out, lse, architecture_of(q.device))
         run_all([launch], q)

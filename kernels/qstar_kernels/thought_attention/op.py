@@ -67,7 +67,7 @@ def thought_attention(
     check_tensor("v", v, "[B, Hkv, N, C, Dv]", (batch, k.shape[1], positions, slots, None))
     check_alike("k", k, "q", q)
     check_alike("v", v, "q", q)
-    check_heads(q, "k", k)
+    check_heads(q, "k", k, v)
     check_integer("rationales", rationales, at_least=1)
     if slots < 1 or (slots - 1) % rationales:
         raise ValueError(f"q has {slots} slots a position, but it must have 1 + T * {rationales} (rationales)")
@@ -130,7 +130,7 @@ def thought_attention_step(
     check_tensor("v_thought", v_thought, "[B, Hkv, Nq, r, T, Dv]", (*own, tokens, v_text.shape[-1]))
     for name, value in (("k_text", k_text), ("v_text", v_text), ("k_thought", k_thought), ("v_thought", v_thought)):
         check_alike(name, value, "q", q)
-    check_heads(q, "k_text", k_text)
+    check_heads(q, "k_text", k_text, v_text)
     if queries > positions:
         raise ValueError(f"q has {queries} positions, but it must have at most the {positions} of k_text")
     rules = check_rules(q, positions, scale, window, softcap, sinks, text_start)
@@ -156,17 +156,20 @@ def choose_attention_backend(backend: object, q: Tensor, v: Tensor) -> str:
     return choose_backend(backend, on_gpu=q.is_cuda, triton_refusal=triton_refusal)
 
 
-def check_heads(q: Tensor, name: str, k: Tensor) -> None:
+def check_heads(q: Tensor, name: str, k: Tensor, v: Tensor) -> None:
     heads, kv_heads = q.shape[1], k.shape[1]
-    if kv_heads < 1 or heads % kv_heads:
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise ValueError(f"q has {heads} heads, but it must have a multiple of the {kv_heads} of {name}")
-    if q.shape[-1] < 1:
-        raise ValueError("q has width 0, but it must be at least 1")
+    for tensor, width in (("q", q.shape[-1]), (name.replace("k", "v", 1), v.shape[-1])):
+        if width < 1:
+            raise ValueError(f"{tensor} has width 0, but it must be at least 1")
 
 
 def check_step(step: object, tokens: int, readable_on: torch.device | None) -> tuple[int | None, Tensor | None]:
     """The checked step as an int, or as a tensor where that lies on the device whose kernel can read it."""
     if isinstance(step, Tensor):
+        if step.dim():
+            raise ValueError(f"step has shape {list(step.shape)}, but it must be a tensor without dimensions")
         check_tensor("step", step, "[]", (), INTEGER)
         if step.device == readable_on:
             return None, step
@@ -183,6 +186,8 @@ def check_rules(q: Tensor, positions: int, scale, window, softcap, sinks, text_s
         check_number("scale", scale)
     if window is not None:
         check_integer("window", window, at_least=1)
+        if window >= 2**63:
+            raise ValueError(f"window is {window}, but it must be below 2**63; None hides nothing")
     if softcap is not None:
         check_number("softcap", softcap, above=0)
     if sinks is not None:

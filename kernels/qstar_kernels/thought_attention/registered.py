@@ -61,12 +61,18 @@ def empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def sinks_gradient(do: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor | None:
-    """A sink's weight times the gradient of its score: it has no value, so that is minus delta."""
+    """A sink's weight times the gradient of its score: it has no value, so that is minus delta.
+
+    One head after the other, since products in ``lse``'s dtype may be larger than ``do`` itself.
+    """
     if sinks is None:
         return None
-    delta = (do.to(lse.dtype) * out).sum(dim=-1)
-    weight = torch.exp(sinks.to(lse.dtype)[:, None, None] - lse)
-    return -(weight * delta).sum(dim=(0, 2, 3)).to(sinks.dtype)
+    grads = []
+    for head, sink in enumerate(sinks.to(lse.dtype)):
+        weight = torch.exp(sink - lse[:, head]).masked_fill(lse[:, head] == -torch.inf, 0.0)  # nothing seen
+        delta = (do[:, head].to(lse.dtype) * out[:, head]).sum(dim=-1)
+        grads.append(-(weight * delta).sum())
+    return torch.stack(grads).to(sinks.dtype)
 
 
 def attend(

@@ -11,6 +11,12 @@ from qstar_kernels.primitives import LOG2E, load_rows, main_part, rest_part, sto
 from qstar_kernels.thought_attention.forward import attend_text, begin_softmax, end_softmax
 
 
+@triton.constexpr_function
+def members(group, rows):
+    """How many heads of a group a program takes: all, padded to a power of two, unless they are more than its rows."""
+    return min(triton.next_power_of_2(group), rows)
+
+
 @triton.jit
 def group_dot(q, k, UNITS: tl.constexpr, GROUP: tl.constexpr):
     """Each of GROUP rows of q [UNITS * GROUP, W] with its unit's row of k [UNITS, W]: ``[UNITS, GROUP]``."""
@@ -56,7 +62,7 @@ def attend_own(
     return acc, tl.reshape(total, [UNITS * GROUP]), tl.reshape(top, [UNITS * GROUP])
 
 
-@triton.jit(do_not_specialize=["step"])
+@triton.jit(do_not_specialize=["step", "positions", "queries"])  # what changes from call to call
 def step_kernel(
     q, k_text, v_text, k_thought, v_thought, step, out, lse, sinks, text_start, q_stride, k_text_stride, v_text_stride,
     k_thought_stride, v_thought_stride, out_stride, pairs, kv_heads, positions, queries, rationales, scale, window,
@@ -66,15 +72,19 @@ def step_kernel(
 ):  # fmt: skip
     """q [B, Hq, Nq, r, D], text [B, Hkv, N, D], thoughts [B, Hkv, Nq, r, T, D] -> out [B, Hq, Nq, r, DV], lse.
 
-    Rows are (position, rationale, head of the group), the group padded to a power of two.
+    Rows are (position, rationale, head of the group), the group padded to a power of two; a group of more heads than
+    a program has rows is shared out.
     """
-    MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)
+    MEMBERS: tl.constexpr = members(GROUP, ROWS)
+    SHARES: tl.constexpr = (GROUP + MEMBERS - 1) // MEMBERS
     UNITS: tl.constexpr = ROWS // MEMBERS
     if STEP_IN_MEMORY:
         step = tl.load(step).to(tl.int32)
     count = queries * rationales
-    pair = tl.program_id(0) % pairs
-    tile = tl.cdiv(count, UNITS) - 1 - tl.program_id(0) // pairs
+    pair = tl.program_id(0) % (pairs * SHARES)
+    tile = tl.cdiv(count, UNITS) - 1 - tl.program_id(0) // (pairs * SHARES)
+    first_member = pair % SHARES * MEMBERS
+    pair = pair // SHARES
     batch = tl.cast(pair // kv_heads, tl.int64)
     kv_head = tl.cast(pair % kv_heads, tl.int64)
 
@@ -88,7 +98,7 @@ def step_kernel(
 
     row = tile * ROWS + tl.arange(0, ROWS)
     unit = tl.minimum(row // MEMBERS, count - 1)
-    member = row % MEMBERS
+    member = first_member + row % MEMBERS
     keep = (row // MEMBERS < count) & (member < GROUP)
     head = kv_head * GROUP + tl.minimum(member, GROUP - 1)
     row_query = unit // rationales

@@ -43,6 +43,31 @@ def own_interval(position, slot, slots, tokens, window):
 
 
 @triton.jit
+def own_range(first_flat, last_flat, slots, tokens):
+    """Begin and end of the own keys that any of the cells first_flat .. last_flat, position by position, may see."""
+    own = slots - 1
+    begin = (first_flat // slots * own + tl.maximum(first_flat % slots - 1, 0)) // tokens * tokens
+    return begin, last_flat // slots * own + last_flat % slots
+
+
+@triton.jit
+def text_ranges(first, first_position, last_position, BOUNDED: tl.constexpr, KEYS: tl.constexpr):
+    """Text keys of the rows at first_position .. last_position: begin, full_begin, full_end, end.
+
+    Between full_begin and full_end every row sees every key. BOUNDED if ``first [M]`` is not always 0.
+    """
+    end = last_position + 1
+    full_end = (first_position + 1) // KEYS * KEYS
+    begin = 0 * end
+    full_begin = begin
+    if BOUNDED:
+        begin = tl.min(first, 0) // KEYS * KEYS
+        full_begin = tl.minimum(tl.cdiv(tl.max(first, 0), KEYS) * KEYS, tl.cdiv(end, KEYS) * KEYS)
+        full_end = tl.maximum(full_begin, full_end)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
 def key_origin(start, slots, stride, OWN: tl.constexpr):
     """Offset of the position of key ``start``; int64, for the grid may have more than 2**31 elements."""
     position = start // (slots - 1) if OWN else start
