@@ -1,7 +1,9 @@
-"""How the tuning command chooses; a made-up clock stands in for the GPU."""
+"""How the tuning command chooses, by a made-up clock, and what it compares to tell a right tile from a wrong one."""
 
 import subprocess
 import sys
+from contextlib import ExitStack
+from dataclasses import astuple, replace
 from importlib import import_module
 
 import pytest
@@ -10,17 +12,35 @@ import torch
 pytest.importorskip("triton")
 tune = import_module("qstar_kernels.tune")
 tile_table = import_module("qstar_kernels.tile_table")
-Tile = import_module("qstar_kernels.launch").Tile
+launch = import_module("qstar_kernels.launch")
+Tile, Launch = launch.Tile, launch.Launch
 
+ATTENTION, HEAD = (tune.PROVIDERS[op] for op in ("thought_attention", "lm_head"))
 PRESENT = Tile(64, 32, 8, 2)
+ON_GPU = torch.cuda.is_available()
 
 
 def test_candidates_are_the_present_tile_and_its_neighbours():
-    found = tune.candidates(PRESENT)
+    found = ATTENTION.candidates(PRESENT)
     assert found[0] == PRESENT and len(found) == len(set(found))
     assert {Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(64, 16, 8, 3)} <= set(found)
     assert Tile(128, 64, 4, 2) not in found
-    assert all(min(tile.rows, tile.keys) >= 16 and tile.stages >= 1 for tile in tune.candidates(Tile(16, 16, 4, 1)))
+    assert all(
+        min(tile.rows, tile.keys) >= 16 and tile.stages >= 1 for tile in ATTENTION.candidates(Tile(16, 16, 4, 1))
+    )
+
+
+@pytest.mark.parametrize(
+    "keys, columns",
+    [(1024, {256, 512, 1024, 2048, 4096}), (128, {128, 256, 512}), (8192, {2048, 4096, 8192, 16384}), (32, {32, 128})],
+)
+def test_candidates_of_the_head_are_rows_cut_otherwise(keys, columns):
+    present = Tile(1, keys, 4, 1)
+    found = HEAD.candidates(present)
+    assert found[0] == present and len(found) == len(set(found))
+    assert {tile.keys for tile in found} == columns and {tile.warps for tile in found} == {1, 2, 4, 8, 16}
+    assert {(tile.rows, tile.stages) for tile in found} == {(1, 1)}
+    assert all(tile.keys <= 4096 * tile.warps for tile in found)
 
 
 @pytest.mark.parametrize(
@@ -47,38 +67,41 @@ def test_the_fastest_that_is_right_wins_by_a_margin():
     assert tune.winner([], PRESENT) == PRESENT
 
 
-def test_a_kernel_is_tuned_with_the_tile_that_is_tried(monkeypatch, capsys):
-    attention = tune.attention
+@pytest.mark.parametrize("op, kernel", [("thought_attention", "forward"), ("lm_head", "score")])
+def test_a_kernel_is_tuned_with_the_tile_that_is_tried(monkeypatch, capsys, op, kernel):
+    provider = tune.PROVIDERS[op]
     tried = []
 
     def measure(cases, workers):
         for case in cases:
+            assert case.op == op
             yield case, tune.Resources(spilled=8 * (case.tile.warps == 4), shared=1)
 
     def time_launch(launch):
-        tried.append(launch.tile)
-        return 1000 / launch.tile.rows
+        tried.append(Tile(*astuple(launch.tile)))
+        return 1000 / launch.tile.keys
 
-    build = attention.build_launch
+    def table_tile():
+        return provider.TABLE.find(kernel, "sm_90", torch.bfloat16, 128)
+
+    present = table_tile()
+    candidates = provider.candidates(present)
+    narrowest = min(tile.keys for tile in candidates)
+    build = provider.build_launch
     monkeypatch.setattr(tune, "measure", measure)
     monkeypatch.setattr(tune, "time_launch", time_launch)
-    monkeypatch.setattr(attention, "build_launch", lambda *a, **k: build(*a, **k | {"device": "meta"}))
-    monkeypatch.setattr(attention, "errors", lambda *a: (float("nan") if attention_tile().keys == 16 else 1.0, 1.0))
+    monkeypatch.setattr(provider, "build_launch", lambda *a, **k: build(*a, **k | {"device": "meta"}))
+    monkeypatch.setattr(provider, "errors", lambda *a: (float("nan") if table_tile().keys == narrowest else 1.0, 1.0))
 
-    def attention_tile():
-        return attention.TABLE.find("forward", "sm_90", torch.bfloat16, 128)
-
-    present = attention_tile()
-    chosen = tune.tune_kernel("forward", torch.bfloat16, attention.Shape(128), "sm_90")
-    assert chosen.rows == 2 * present.rows and chosen.warps == 8
-    assert {tile.rows for tile in tried} == {present.rows // 2, present.rows, 2 * present.rows}
-    assert all(tile.warps == 8 and tile.keys > 16 for tile in tried)
-    assert attention_tile() == present
+    chosen = tune.tune_kernel(op, kernel, torch.bfloat16, provider.Shape(128), "sm_90")
+    assert tried == [tile for tile in candidates if tile.warps != 4 and tile.keys > narrowest]
+    assert chosen.keys == max(tile.keys for tile in candidates) > present.keys
+    assert table_tile() == present
     assert "(the table's)" in capsys.readouterr().out
 
 
 def test_winners_join_the_table_of_their_card(tmp_path):
-    entries = tune.attention.TABLE.entries
+    entries = ATTENTION.TABLE.entries
     path = tmp_path / "tiles.json"
     path.write_text(tile_table.format_table(entries))
     assert tile_table.TileTable(path).entries == entries
@@ -95,6 +118,18 @@ def test_winners_join_the_table_of_their_card(tmp_path):
     assert "sm_89" not in entries
 
 
+def test_a_winner_of_the_head_serves_every_width(tmp_path):
+    won = Tile(1, 8192, 16, 1)
+    winners = {("score", "16", HEAD.largest_served(4096)): won}
+    path = tmp_path / "tiles.json"
+    path.write_text(tile_table.format_table(tune.with_winners(HEAD.TABLE.entries, "sm_90", winners)))
+    table = tile_table.TileTable(path)
+    assert all(table.find("score", "sm_90", torch.bfloat16, width) == won for width in (1, 4096, 4097, 128_256))
+    assert all(table.find("score", "sm_90", torch.float32, width) != won for width in (1, 4096, 128_256))
+    kernels = [kernel for by_dtype in table.entries.values() for bits in by_dtype.values() for kernel in bits.values()]
+    assert {width for kernel in kernels for width in kernel} == {str(HEAD.largest_served(1))}
+
+
 @pytest.mark.parametrize(
     "architecture, like",
     [("sm_89", "sm_86"), ("sm_120", "sm_86"), ("sm_87", "sm_80"), ("sm_103", "sm_100"), ("gfx90a", "gfx942")],
@@ -107,3 +142,91 @@ def test_an_unknown_card_is_taken_for_one_with_no_more_shared_memory(architectur
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, "-m", "qstar_kernels.tune"], capture_output=True, text=True)
     assert done.returncode == 2 and "needs a GPU" in done.stderr
+
+
+def test_the_options_are_those_of_the_op():
+    default = tune.parse([])
+    assert (default.op, default.batch, tuple(default.widths)) == ("thought_attention", 8, ATTENTION.WIDTHS)
+    given = tune.parse(["--base-rows", "8", "--vocabulary", "1000", "--op", "lm_head", "--kernels", "draw", "mix"])
+    assert (given.rows, given.base_rows, given.vocabulary, given.kernels) == (4096, 8, 1000, ["draw", "mix"])
+    assert tuple(given.widths) == HEAD.WIDTHS and not hasattr(given, "heads")
+
+
+@pytest.mark.parametrize(
+    "given, complaint",
+    [
+        ("--rows 64", "not for --op thought_attention: --rows 64"),
+        ("--op lm_head --heads 4", "not for --op lm_head: --heads 4"),
+        ("--op lm_head --kernels forward", "invalid choice: 'forward'"),
+        ("--op lm_head --widths 2048 4096", "lm_head's table has one entry for several of them"),
+        ("--op mix", "invalid choice: 'mix'"),
+    ],
+)
+def test_an_option_of_another_op_is_an_error(capsys, given, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        tune.parse(given.split())
+    assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+
+
+SMALL = {
+    "thought_attention": ATTENTION.Shape(32, batch=1, positions=24, tokens=3, heads=2, kv_heads=1),
+    "lm_head": HEAD.Shape(32, rows=5, base_rows=3, vocabulary=601),
+}
+COLUMNS = {"mix": 16, "mix_gradient": 16, "base_gradient": 16, "draw": 2}
+KERNELS = [(op, kernel) for op, provider in tune.PROVIDERS.items() for kernel in provider.KERNELS]
+
+
+def small_errors(monkeypatch, op, kernel, dtype):
+    """Of ``kernel``, whose tile has two stages where that of the others has one."""
+    provider, shape = tune.PROVIDERS[op], SMALL[op]
+    monkeypatch.setattr(provider, "small_shape", lambda width: shape._replace(width=width))
+    with ExitStack() as stack:
+        for other in provider.KERNELS:
+            tile = Tile(1, COLUMNS.get(other, 256), 4, 1) if provider is HEAD else Tile(64, 32, 4, 1)
+            stack.enter_context(provider.TABLE.trying(other, replace(tile, stages=1 + (other == kernel))))
+        return provider.errors(kernel, dtype, shape.width, "cuda" if ON_GPU else "cpu")
+
+
+@pytest.mark.parametrize("dtype", tune.DTYPES)
+@pytest.mark.parametrize("op, kernel", KERNELS)
+def test_a_right_tile_is_about_as_exact_as_torch(monkeypatch, op, kernel, dtype):
+    ours, torchs = small_errors(monkeypatch, op, kernel, getattr(torch, dtype))
+    assert 0 < ours <= tune.WORST * torchs
+
+
+@pytest.fixture
+def poisoned():
+    """Fill what is allocated without a value with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=ON_GPU)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
+@pytest.mark.parametrize("op, kernel", KERNELS)
+def test_a_tile_that_misses_a_row_is_wrong(monkeypatch, poisoned, op, kernel):
+    run, cut = Launch.run, set()
+
+    def run_with_the_last_program_missing(self):
+        if self.tile.stages == 2:
+            cut.add(self.kernel)
+            self = replace(self, programs=self.programs - 1)
+        run(self)
+
+    monkeypatch.setattr(Launch, "run", run_with_the_last_program_missing)
+    ours, torchs = small_errors(monkeypatch, op, kernel, torch.float32)
+    assert len(cut) == 1 and not ours <= tune.WORST * torchs
+
+
+def test_one_token_drawn_wrongly_is_wrong(monkeypatch):
+    draw = HEAD.fused.TritonDraws.draw
+
+    def draw_one_wrongly(self, y, first_row):
+        tokens, log_prob = draw(self, y, first_row)
+        tokens[-1] ^= 1
+        return tokens, log_prob
+
+    monkeypatch.setattr(HEAD.fused.TritonDraws, "draw", draw_one_wrongly)
+    ours, torchs = small_errors(monkeypatch, "lm_head", "draw", torch.float32)
+    assert ours > tune.WORST * torchs

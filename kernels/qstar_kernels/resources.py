@@ -27,7 +27,8 @@ from qstar_kernels.launch import TARGETS, Tile
 from qstar_kernels.lm_head import cases as lm_head
 from qstar_kernels.thought_attention import cases as thought_attention
 
-# Each has KERNELS, WIDTHS, TABLE, Shape(width) and build_launch(kernel, architecture, dtype, shape, rules=).
+# Each has KERNELS, WIDTHS, TABLE, Shape(width) and build_launch(kernel, architecture, dtype, shape, rules=), and for
+# ``tune`` candidates(tile), largest_served(width) and errors(kernel, dtype, width, device).
 PROVIDERS = {"thought_attention": thought_attention, "lm_head": lm_head}
 
 DTYPES = ("bfloat16", "float32")  # one of each size; float16 takes what bfloat16 does

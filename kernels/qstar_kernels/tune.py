@@ -1,7 +1,8 @@
-"""``python -m qstar_kernels.tune``: time tiles near those of the tables on the GPU at hand, and say which is fastest.
+"""``python -m qstar_kernels.tune``: time tiles near those of a table on the GPU at hand, and say which is fastest.
 
-A tile takes part if it compiles, fits the card, spills nothing and is right. ``--write FILE`` writes the table with the
-winners in it; a person looks at it, times a whole training step with it, and copies it over the package's own.
+A tile takes part if it compiles, fits the card, spills nothing and is right. ``--op`` says whose table it is, and with
+that which options there are. ``--write FILE`` writes the table with the winners in it; a person looks at it, times a
+whole training step with it, and copies it over the package's own.
 """
 
 from __future__ import annotations
@@ -10,34 +11,23 @@ import argparse
 import copy
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from triton.testing import do_bench
 
 from qstar_kernels.launch import TARGETS, Launch, Tile, architecture_of
 from qstar_kernels.primitives import INTERPRETED
-from qstar_kernels.resources import DTYPES, SHARED_LIMITS, Case, Resources, measure
-from qstar_kernels.thought_attention import cases as attention
+from qstar_kernels.resources import DTYPES, PROVIDERS, SHARED_LIMITS, Case, Resources, measure
 from qstar_kernels.tile_table import Entries, dtype_class, format_table, nearest
 
 MARGIN = 0.98  # a tile within 2 % of the table's does not replace it: two runs differ by as much
 Ranked = list[tuple[float, Tile]]  # milliseconds and tile
 WORST = 4.0  # times the error of the torch backend, both against float64
-
-
-def candidates(tile: Tile) -> list[Tile]:
-    """``tile`` and those that differ from it by one step in at most two of its four numbers."""
-    sizes = [[x // 2, x, 2 * x] for x in (tile.rows, tile.keys)]
-    numbers = [*sizes, [4, 8], [tile.stages - 1, tile.stages, tile.stages + 1]]
-    found = [tile]
-    for rows, keys, warps, stages in product(*numbers):
-        changed = (rows != tile.rows) + (keys != tile.keys) + (warps != tile.warps) + (stages != tile.stages)
-        if 0 < changed <= 2 and min(rows, keys) >= 16 and stages >= 1:
-            found.append(Tile(rows, keys, warps, stages))
-    return found
 
 
 def fits(found: Resources, limit: int) -> bool:
@@ -58,7 +48,7 @@ def winner(ranked: Ranked, present: Tile) -> Tile:
 
 
 def with_winners(entries: Entries, architecture: str, winners: dict[tuple[str, str, int], Tile]) -> Entries:
-    """The table with ``{(kernel, dtype class, width): tile}``; a card that it lacks starts from its nearest."""
+    """The table with ``{(kernel, bits, largest width served): tile}``; a card that it lacks starts from its nearest."""
     entries = copy.deepcopy(entries)
     if architecture not in entries:
         entries[architecture] = copy.deepcopy(entries[nearest(architecture)])
@@ -69,27 +59,39 @@ def with_winners(entries: Entries, architecture: str, winners: dict[tuple[str, s
     return entries
 
 
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, what is allocated without a value holds NaN: a tile that leaves results unwritten is wrong."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def time_launch(launch: Launch) -> float:
     """Median milliseconds, the caches flushed before each run."""
     return do_bench(launch.run, warmup=25, rep=100, return_mode="median")
 
 
-def tune_kernel(kernel: str, dtype: torch.dtype, shape: attention.Shape, architecture: str) -> Tile:
-    """The winner for one kernel; prints the times of all that take part."""
+def tune_kernel(op: str, kernel: str, dtype: torch.dtype, shape: NamedTuple, architecture: str) -> Tile:
+    """The winner for one kernel of ``op`` on its ``Shape``; prints the times of all that take part."""
+    provider = PROVIDERS[op]
     target = architecture if architecture in TARGETS else nearest(architecture)
     name = str(dtype).removeprefix("torch.")
-    present = attention.TABLE.find(kernel, architecture, dtype, shape.width)
+    present = provider.TABLE.find(kernel, architecture, dtype, shape.width)
 
     def right(tile: Tile) -> bool:
-        with attention.TABLE.trying(kernel, tile):
-            ours, torchs = attention.errors(kernel, dtype, shape.width, "cuda")
+        with provider.TABLE.trying(kernel, tile), poisoned():
+            ours, torchs = provider.errors(kernel, dtype, shape.width, "cuda")
         return ours <= WORST * torchs
 
     def time(tile: Tile) -> float:
-        with attention.TABLE.trying(kernel, tile):
-            return time_launch(attention.build_launch(kernel, architecture, dtype, shape, device="cuda"))
+        with provider.TABLE.trying(kernel, tile):
+            return time_launch(provider.build_launch(kernel, architecture, dtype, shape, device="cuda"))
 
-    cases = [Case("thought_attention", kernel, target, name, shape.width, tile) for tile in candidates(present)]
+    cases = [Case(op, kernel, target, name, shape.width, tile) for tile in provider.candidates(present)]
     fitting = [case.tile for case, found in measure(cases, os.cpu_count()) if fits(found, SHARED_LIMITS[target])]
     ranked = rank(fitting, time, right)
     chosen = winner(ranked, present)
@@ -100,16 +102,31 @@ def tune_kernel(kernel: str, dtype: torch.dtype, shape: attention.Shape, archite
     return chosen
 
 
-def main() -> int:
-    shape = attention.Shape._field_defaults
-    parser = argparse.ArgumentParser(prog="python -m qstar_kernels.tune", description=__doc__)
-    for option in ("batch", "positions", "tokens", "heads", "kv_heads"):
-        parser.add_argument(f"--{option.replace('_', '-')}", type=int, default=shape[option])
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, those of a shape as the fields of the op's ``Shape``."""
+    program = "python -m qstar_kernels.tune"
+    chooser = argparse.ArgumentParser(prog=program, add_help=False)
+    chooser.add_argument("--op", choices=PROVIDERS, default="thought_attention")
+    op = chooser.parse_known_args(given)[0].op
+    provider = PROVIDERS[op]
+    parser = argparse.ArgumentParser(prog=program, description=__doc__, parents=[chooser])
+    for field, default in provider.Shape._field_defaults.items():
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--widths", nargs="+", type=int, default=attention.WIDTHS)
-    parser.add_argument("--kernels", nargs="+", choices=attention.KERNELS, default=attention.KERNELS)
+    parser.add_argument("--widths", nargs="+", type=int, default=provider.WIDTHS)
+    parser.add_argument("--kernels", nargs="+", choices=provider.KERNELS, default=provider.KERNELS)
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table with the winners")
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args(given)
+    if unknown:
+        parser.error(f"not for --op {op}: {' '.join(unknown)}")
+    if len({provider.largest_served(width) for width in arguments.widths}) < len(arguments.widths):
+        parser.error(f"--widths {' '.join(map(str, arguments.widths))}: {op}'s table has one entry for several of them")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse()
+    provider = PROVIDERS[arguments.op]
     if not torch.cuda.is_available() or INTERPRETED:
         why = "TRITON_INTERPRET is set" if INTERPRETED else "torch.cuda.is_available() is False"
         print(f"tuning needs a GPU: {why}", file=sys.stderr)
@@ -120,11 +137,12 @@ def main() -> int:
     winners = {}
     for dtype, width, kernel in product(arguments.dtypes, arguments.widths, arguments.kernels):
         kind = getattr(torch, dtype)
-        size = attention.Shape(width, **{option: getattr(arguments, option) for option in shape})
-        winners[kernel, dtype_class(kind), width] = tune_kernel(kernel, kind, size, architecture)
+        shape = provider.Shape(width, **{field: getattr(arguments, field) for field in provider.Shape._field_defaults})
+        key = kernel, dtype_class(kind), provider.largest_served(width)
+        winners[key] = tune_kernel(arguments.op, kernel, kind, shape, architecture)
         torch.cuda.empty_cache()
     if arguments.write:
-        arguments.write.write_text(format_table(with_winners(attention.TABLE.entries, architecture, winners)))
+        arguments.write.write_text(format_table(with_winners(provider.TABLE.entries, architecture, winners)))
     return 0
 
 

@@ -10,6 +10,7 @@ from qstar_kernels.tile_table import TileTable
 
 KERNELS = ("mix", "mix_gradient", "base_gradient", "score", "gradient", "weigh_tiles", "draw")
 WIDTHS = (4096,)  # of the model; the table's entries serve any
+ANY_WIDTH = 2**31 - 1  # of the model, or of a row of logits: the one key of every kernel's entries
 
 TABLE = TileTable(Path(__file__).with_name("tiles.json"))
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import product
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qstar_kernels.launch import Launch
+from qstar_kernels.launch import Launch, Tile
 from qstar_kernels.thought_attention import composed, fused
 from qstar_kernels.thought_attention.blocks import Rules
 from qstar_kernels.thought_attention.tiles import KERNELS, TABLE, WIDTHS
 
-__all__ = ["KERNELS", "TABLE", "WIDTHS", "Shape", "build_launch", "errors"]
+__all__ = ["KERNELS", "TABLE", "WIDTHS", "Shape", "build_launch", "candidates", "errors", "largest_served"]
 
 
 class Shape(NamedTuple):
@@ -25,6 +26,23 @@ class Shape(NamedTuple):
     tokens: int = 16
     heads: int = 32
     kv_heads: int = 8
+
+
+def largest_served(width: int) -> int:
+    """The key in the table of a tile that was timed at ``width``."""
+    return width
+
+
+def candidates(tile: Tile) -> list[Tile]:
+    """``tile`` and those that differ from it by one step in at most two of its four numbers."""
+    sizes = [[x // 2, x, 2 * x] for x in (tile.rows, tile.keys)]
+    numbers = [*sizes, [4, 8], [tile.stages - 1, tile.stages, tile.stages + 1]]
+    found = [tile]
+    for rows, keys, warps, stages in product(*numbers):
+        changed = (rows != tile.rows) + (keys != tile.keys) + (warps != tile.warps) + (stages != tile.stages)
+        if 0 < changed <= 2 and min(rows, keys) >= 16 and stages >= 1:
+            found.append(Tile(rows, keys, warps, stages))
+    return found
 
 
 def every_rule(shape: Shape, dtype: torch.dtype, device: str) -> Rules:
@@ -67,12 +85,21 @@ def build_launch(
     return fused.key_gradient_launch(do, lse, delta, q, k, v, 1, given, dk, dv, own, architecture)
 
 
+def small_shape(width: int) -> Shape:
+    """Of what :func:`errors` compares: several tiles, the last of them not whole."""
+    return Shape(width, batch=2, positions=150, tokens=5, heads=6, kv_heads=2)
+
+
 def errors(kernel: str, dtype: torch.dtype, width: int, device: str) -> tuple[float, float]:
     """Relative errors of the kernel and of the torch backend on a small shape, both against torch in float64."""
     generator = torch.Generator(device).manual_seed(0)
-    q, do, k, v = (
-        torch.randn(2, heads, 150, 6, width, generator=generator, dtype=dtype, device=device) for heads in (6, 6, 2, 2)
-    )
+    shape = small_shape(width)
+
+    def random(heads: int) -> Tensor:
+        cells = shape.batch, heads, shape.positions, 1 + shape.tokens, width
+        return torch.randn(cells, generator=generator, dtype=dtype, device=device)
+
+    q, do, k, v = (random(heads) for heads in (shape.heads, shape.heads, shape.kv_heads, shape.kv_heads))
     exact = results(composed, kernel, *(x.double() for x in (q, do, k, v)))
     ours, torchs = (results(module, kernel, q, do, k, v) for module in (fused, composed))
     return distance(ours, exact), distance(torchs, exact)
