@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from results_file import Peer, Unsupported, need_gpu
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,15 +27,6 @@ from qstar_kernels.reference import thought_visibility
 
 aten = torch.ops.aten
 MASK_ENTRIES = 2**31
-
-
-class Unsupported(Exception):
-    """This way is not for this device or size."""
-
-
-def need_gpu(x: Tensor) -> None:
-    if x.device.type != "cuda":
-        raise Unsupported("needs a GPU")
 
 
 # Dense
@@ -301,14 +293,6 @@ def prepare_merged_step(name: str, q: Tensor, *caches: Tensor) -> Callable[..., 
 
 
 # All of them
-
-
-class Peer(NamedTuple):
-    """A way to compute it: ``prepare`` takes a pass's inputs and gives what is timed, or raises where it cannot."""
-
-    name: str
-    prepare: Callable[..., Callable[..., Tensor]]
-    note: str = ""
 
 
 DENSE_KERNELS = {

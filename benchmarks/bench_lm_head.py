@@ -1,72 +1,139 @@
-"""The language-model head against plain logits: time ratios of rounds taken in turn, and peak memory."""
+"""The language-model head against every other way to compute it, and against the matrix products that it needs.
+
+    python benchmarks/bench_lm_head.py [--quick] [--limit-seconds S] [--out FOLDER]
+
+prints a table while it goes and writes ``lm_head-<device>.json``; under pytest a part of it is measured. Every
+contender is checked before it is timed, and all are timed in turn; one that cannot run is absent, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import pytest
 import torch
-from paired import compare
-from torch.nn import functional as F
+from device_limits import Limits
+from head_cases import INPUTS, QUICK, SIZES, Inputs, Work
+from head_peers import peers_of
+from paired import compare, median_ratio
+from results_file import (
+    DTYPE,
+    Job,
+    Peer,
+    extra_info,
+    figures,
+    limits_of,
+    parse_options,
+    rehearse_all,
+    rounded,
+    run,
+    this_device,
+    time_all,
+)
 
-from qstar_kernels import linear_log_prob, linear_log_prob_sum, sample_linear
+from qstar_kernels import sample_linear
 
-SHAPES = [(2048, 4096, 256), (512, 32768, 256)]  # rows, vocabulary, width
-
-
-def make_inputs(rows: int, vocabulary: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(0)
-    hidden = torch.randn(rows, width, requires_grad=True)
-    weight = (torch.randn(vocabulary, width) * width**-0.5).requires_grad_()
-    return hidden, weight, torch.randint(vocabulary, (rows,))
-
-
-@pytest.mark.parametrize(("rows", "vocabulary", "width"), SHAPES)
-@pytest.mark.parametrize("scored", [1.0, 0.5], ids=["all_rows", "half_the_rows"])
-def test_log_prob_forward_backward(benchmark, rows, vocabulary, width, scored):
-    """``half_the_rows``: the other half has an upstream gradient of 0, as in the policy term."""
-    hidden, weight, targets = make_inputs(rows, vocabulary, width)
-    row_weight = (torch.arange(rows) < scored * rows).float() / rows
-
-    def gradients(loss):
-        return torch.autograd.grad(loss, (hidden, weight))
-
-    def ours():
-        return gradients(-linear_log_prob(hidden, weight, targets) @ row_weight)
-
-    def one_pass():
-        return gradients(-linear_log_prob_sum(hidden, weight, targets, row_weight)[0])
-
-    def logits_and_cross_entropy():
-        return gradients(F.cross_entropy(hidden @ weight.T, targets, reduction="none") @ row_weight)
-
-    def torch_linear_cross_entropy():
-        return gradients(F.linear_cross_entropy(hidden, weight, targets, reduction="none") @ row_weight)
-
-    for mine in (ours(), one_pass()):
-        for gradient, plain in zip(mine, logits_and_cross_entropy(), strict=True):
-            torch.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-6 * plain.abs().max().item())
-    contenders = {"ours": ours, "ours_in_one_pass": one_pass, "logits": logits_and_cross_entropy}
-    if hasattr(F, "linear_cross_entropy"):
-        contenders["torch_linear_cross_entropy"] = torch_linear_cross_entropy
-    compare(benchmark, contenders, rounds=3)
+GOAL = 1.15  # times the bare products, that ours should stay within
 
 
-@pytest.mark.parametrize(("rows", "vocabulary", "width"), SHAPES)
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
-def test_sample(benchmark, rows, vocabulary, width, temperature):
-    hidden, weight, _ = make_inputs(rows, vocabulary, width)
-    generator = torch.Generator()
+def measure(work: Work, device: torch.device, limits: Limits) -> dict:
+    """Check and time every contender of one pass; the record that the JSON holds."""
+    dtype = DTYPE[device.type]
+    inputs: Inputs = INPUTS[work.kind](work, dtype, device)
+
+    def check(peer: Peer, results: tuple[torch.Tensor, ...]) -> float:
+        return inputs.check_products(results) if peer.name == "products" else inputs.check(peer.name, results)
+
+    ready, absent = rehearse_all(peers_of(work.kind, device), lambda peer: peer.prepare(inputs), check, device)
+    times = time_all(ready, absent, device)
+    bound = work.bound(limits, dtype.itemsize)
+    records = figures(ready, times, work.useful_flops(), bound["bound_ms"], device)
+    for name, own in times.items():
+        if "products" in times:
+            records[name]["times_products"] = median_ratio(own, times["products"])
+        if name != "products":  # its results lie in memory that was there
+            records[name]["extra_mib"] = records[name]["peak_mib"] - work.result_bytes(dtype.itemsize) / 2**20
+    return {
+        "pass": work.kind,
+        "rows": work.rows,
+        "width": work.width,
+        "vocabulary": work.vocabulary,
+        "dtype": str(dtype).removeprefix("torch."),
+        "useful_gflop": work.useful_flops() / 1e9,
+        "result_mib": work.result_bytes(dtype.itemsize) / 2**20,
+        **bound,
+        "goal_times_products": GOAL,
+        "contenders": records,
+        "absent": absent,
+    }
+
+
+# Under pytest
+
+
+@pytest.mark.parametrize("work", SIZES[this_device().type][: QUICK[this_device().type]], ids=lambda work: work.label)
+def test_lm_head(benchmark, work):
+    device = this_device()
+    record = rounded(measure(work, device, limits_of(device)))
+    benchmark.extra_info.update(extra_info(record))
+    benchmark.extra_info.update({field: record[field] for field in ("useful_gflop", "result_mib", "bound_ms")})
+    inputs = INPUTS[work.kind](work, DTYPE[device.type], device)
+    call = peers_of(work.kind, device)[0].prepare(inputs)
+
+    def finished():
+        call()
+        if device.type != "cpu":
+            torch.cuda.synchronize(device)
+
+    benchmark.pedantic(finished, rounds=2)
+
+
+@pytest.mark.skipif(this_device().type != "cpu", reason="compares times of the host")
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_sample_at_other_temperatures(benchmark, temperature):
+    work = Work("sample", 512, 256, 32768)
+    inputs = INPUTS[work.kind](work, torch.float32, this_device())
+    hidden, weight = inputs.hidden, inputs.weight
 
     def ours():
         return sample_linear(hidden, weight, seed=0, temperature=temperature)
 
-    @torch.no_grad()
-    def logits_and_multinomial():
+    def logits():
         z = hidden @ weight.T
         if temperature:
-            tokens = torch.multinomial((z / temperature).softmax(-1), 1, generator=generator)
+            tokens = torch.multinomial((z / temperature).softmax(-1), 1)[:, 0]
         else:
-            tokens = z.argmax(-1, keepdim=True)
-        return tokens[:, 0], z.log_softmax(-1).gather(1, tokens)[:, 0]
+            tokens = z.argmax(-1)
+        return tokens, z.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
-    tokens, log_prob = ours()
-    plain = (hidden @ weight.T).detach().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    torch.testing.assert_close(log_prob, plain, rtol=1e-5, atol=1e-5)
-    compare(benchmark, {"ours": ours, "logits": logits_and_multinomial}, rounds=3)
+    for call in (ours, logits):
+        inputs.check(call.__name__, call())
+    compare(benchmark, {"ours": ours, "logits": logits}, rounds=3)
+
+
+# As a command
+
+
+def headline(record: dict) -> str:
+    by = "matrix products" if record["matrix_ms"] > record["memory_ms"] else "memory"
+    label = Work(*(record[field] for field in ("pass", "rows", "width", "vocabulary"))).label
+    line = f"{label}, {record['dtype']}; bound {record['bound_ms']:.3g} ms ({by})"
+    ratio = record["contenders"]["ours"].get("times_products")
+    return line if ratio is None else f"{line}; ours takes {ratio:.2f} x the bare products, the goal is {GOAL}"
+
+
+def jobs(works: Iterable[Work], device: torch.device) -> Iterator[Job]:
+    for work in works:
+        yield Job(work.label, partial(measure, work, device), headline)
+
+
+def main() -> None:
+    device = this_device()
+    works, quick = SIZES[device.type], QUICK[device.type]
+    options = parse_options("Time the head beside its peers and write a JSON.", f"the first {quick} passes only")
+    run("lm_head", device, jobs(works[: quick if options.quick else None], device), options.out, options.limit_seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -86,6 +86,22 @@ def test_every_row_is_multiplied_once_and_one_chunk_is_alive(monkeypatch):
     assert watch.most_alive == 1
 
 
+def test_rows_of_weight_0_are_scored_only():
+    tensors, targets, row_weight = make_inputs(64, 300, 8, False)
+    row_weight = row_weight * (torch.arange(64) % 3 != 0)
+    with StorageWatch(at_least=1) as watch:
+        total, log_prob = linear_log_prob_sum(*tensors, targets, row_weight)
+        grads = torch.autograd.grad(total, tensors)
+    expected = linear_log_prob(*tensors, targets)
+    assert_close(log_prob, expected.detach())
+    for grad, right in zip(grads, torch.autograd.grad(expected @ row_weight, tensors), strict=True):
+        assert_close(grad, right)
+    counted = int((row_weight * (targets != -100) != 0).sum())
+    assert sum(rows for rows, *shape in watch.products if shape == [8, 300]) == int((targets != -100).sum())
+    assert sum(rows for rows, *shape in watch.products if shape == [300, 8]) == counted < 64
+    assert sum(inner for rows, inner, columns in watch.products if (rows, columns) == (300, 8)) == counted
+
+
 def test_saved_gradients_serve_twice():
     tensors, targets, row_weight = make_inputs(9, 13, 5, True)
     hidden, weight, bias = tensors

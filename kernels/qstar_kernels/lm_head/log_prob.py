@@ -62,19 +62,23 @@ def differentiate(
     return grads
 
 
+def score_rows(hidden, head, rows, targets, log_prob: Tensor, entropy: Tensor | None = None) -> None:
+    """Fill log_prob ``[R]`` and entropy ``[R]``, if any, at ``rows``."""
+    with without_autocast(hidden):
+        for chunk, _, y in logit_chunks(hidden, head, rows):
+            scores = head.score(y, targets[chunk], entropy is not None)
+            log_prob[chunk] = scores[0]
+            if entropy is not None:
+                entropy[chunk] = scores[1]
+
+
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, forbidden, ignore_index, want_entropy, backend, *head_options):
         head = make_rows(backend, weight, bias, forbidden, *head_options)
         log_prob = hidden.new_zeros(len(hidden), dtype=accumulator_dtype(hidden))
         entropy = torch.zeros_like(log_prob) if want_entropy else None
-        rows = (targets != ignore_index).nonzero().squeeze(1)
-        with without_autocast(hidden):
-            for chunk, _, y in logit_chunks(hidden, head, rows):
-                scores = head.score(y, targets[chunk], want_entropy)
-                log_prob[chunk] = scores[0]
-                if want_entropy:
-                    entropy[chunk] = scores[1]
+        score_rows(hidden, head, (targets != ignore_index).nonzero().squeeze(1), targets, log_prob, entropy)
         if any(ctx.needs_input_grad):
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(hidden, weight, bias, targets, forbidden, entropy)

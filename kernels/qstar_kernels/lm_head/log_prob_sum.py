@@ -3,7 +3,8 @@
     total = sum_r row_weight[r] log_prob[r]        d y = row_weight (onehot(target) - p)
 
 Where the weights of the rows are known beforehand, as in a likelihood or once rewards are in, no logit is made twice:
-three products a row instead of the four of ``linear_log_prob``. What is kept for the backward are the gradients.
+three products a row instead of the four of ``linear_log_prob``, and one where the weight is 0. What is kept for the
+backward are the gradients.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qstar_kernels.arguments import check_alike, check_tensor, choose_backend
-from qstar_kernels.lm_head.log_prob import check_rows, differentiate, linear_log_prob
+from qstar_kernels.lm_head.log_prob import check_rows, differentiate, linear_log_prob, score_rows
 from qstar_kernels.lm_head.logits import LogitMap, accumulator_dtype, triton_refusal
 from qstar_kernels.lm_head.rows import make_rows
 
@@ -22,10 +23,13 @@ class _LinearLogProbSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, row_weight, forbidden, ignore_index, backend, *head_options):
         head = make_rows(backend, weight, bias, forbidden, *head_options)
-        rows = (targets != ignore_index).nonzero().squeeze(1)
+        scored = targets != ignore_index
+        idle, rows = (x.nonzero().squeeze(1) for x in (scored & (row_weight == 0), scored & (row_weight != 0)))
         needs = ctx.needs_input_grad[:3]
         log_prob = torch.zeros_like(row_weight, memory_format=torch.contiguous_format)
         dtype = row_weight.dtype
+        if len(idle):
+            score_rows(hidden, head, idle, targets, log_prob)
         grads = differentiate(hidden, head, rows, targets, row_weight, needs, dtype, log_prob=log_prob)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]

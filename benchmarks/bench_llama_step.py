@@ -1,0 +1,251 @@
+"""A whole training step of Llamas of 135M, 1B and 7B parameters, optimizer included, beside the step-by-step path.
+
+    python benchmarks/bench_llama_step.py [--quick] [--limit-seconds S] [--out FOLDER]
+
+Random weights; N tokens of text, two rationales of 8 sampled tokens scored on 4; on a GPU bfloat16 autocast over
+float32 weights. Prints a table while it goes and writes ``llama_step-<device>.json``: milliseconds, text tokens a
+second, useful TFLOP/s, peak memory beyond weights and optimizer, and the milliseconds of each phase in a step of its
+own. On a CPU it takes one tiny shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from bench_training_step import check_agreement, useful_flops
+from device_limits import Limits
+from masked_path import masked_objective
+from results_file import Job, Peer, figures, parse_options, rehearse_all, run, this_device, time_all
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.optimization import Adafactor
+
+from qstar import losses
+from qstar.model import LanguageHead, QuietStarConfig, attach
+
+THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES = 8, 4, 2
+ATTENTION = {"ours": "qstar", "step_by_step": "sdpa"}
+PHASES = ("think", "packed forward", "head", "backward", "optimizer")  # the head's: of the loss; thinking has its own
+
+
+class Shape(NamedTuple):
+    """A Llama, and what it takes to train it on one card."""
+
+    width: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+    optimizer: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, fused=True)
+    checkpointing: bool = False
+
+
+SHAPES = {
+    "tiny": Shape(64, 192, 2, 4, 2, 512, True),
+    "135M": Shape(576, 1536, 30, 9, 3, 49152, True),
+    "1B": Shape(2048, 8192, 16, 32, 8, 128256, True),
+    "1B checkpointed": Shape(2048, 8192, 16, 32, 8, 128256, True, checkpointing=True),
+    "7B": Shape(4096, 11008, 32, 32, 32, 32000, False, partial(Adafactor, lr=1e-5, relative_step=False), True),
+}
+
+
+class Case(NamedTuple):
+    shape: str
+    positions: int
+    batch: int
+
+
+CASES = {
+    "cpu": [Case("tiny", 32, 2)],
+    "cuda": [  # the most telling first, since time may run out
+        Case("1B", 256, 4),
+        Case("1B", 1024, 1),
+        Case("135M", 256, 4),
+        Case("135M", 1024, 1),
+        Case("7B", 256, 8),
+        Case("1B checkpointed", 256, 8),
+        Case("7B", 1024, 2),
+    ],
+}
+QUICK = 1  # cases of a quick run
+
+
+def make_model(shape: Shape, positions: int, device: torch.device) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=2 * positions + 64,
+    )
+    torch.manual_seed(0)
+    with device:
+        model = LlamaForCausalLM(config)
+    start, end = shape.vocabulary - 2, shape.vocabulary - 1
+    attach(model, QuietStarConfig(start, end, THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES))
+    with torch.no_grad():
+        for vector in (model.qstar_start, model.qstar_end):
+            vector.normal_(0, 0.02)
+        model.qstar_mixing_head.output.weight.normal_(0, 0.1)
+    if shape.checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    return model.train()
+
+
+class Step:
+    """A training step of one model, by any path."""
+
+    def __init__(self, case: Case, device: torch.device):
+        shape = SHAPES[case.shape]
+        self.device = device
+        self.model = make_model(shape, case.positions, device)
+        self.optimizer = shape.optimizer(self.model.parameters())
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(shape.vocabulary - 2, (case.batch, case.positions), generator=generator).to(device)
+
+    def loss(self, path: str) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
+            if path == "ours":
+                return losses.Objective()(self.model, self.tokens).loss
+            return masked_objective(self.model, self.tokens)
+
+    def prepare(self, path: str) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            if self.model.config._attn_implementation != ATTENTION[path]:
+                self.model.set_attn_implementation(ATTENTION[path])
+            self.optimizer.zero_grad(set_to_none=True)  # one that ran out of memory may have left some
+            loss = self.loss(path)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            return loss.detach()
+
+        return call
+
+    def phases(self) -> dict[str, float]:
+        """Milliseconds of the phases of one of our steps; ``think`` contains the head's draws."""
+        self.prepare("ours")()
+        clock = PhaseClock(self.device)
+        with clock.watching():
+            loss = self.loss("ours")
+            clock.timed("backward", loss.backward)()
+            clock.timed("optimizer", self.optimizer.step)()
+        self.optimizer.zero_grad(set_to_none=True)
+        return clock.milliseconds()
+
+
+class PhaseClock:
+    """Milliseconds spent in functions, by the device's own clock."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.spans = defaultdict(list)
+
+    def mark(self) -> float | torch.cuda.Event:
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        def wrapped(*args, **kwargs):
+            start = self.mark()
+            result = function(*args, **kwargs)
+            self.spans[name].append((start, self.mark()))
+            return result
+
+        return wrapped
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        places = {"think": (losses, "think"), "packed forward": (losses, "read_grid")}
+        places["head"] = LanguageHead, "log_prob_sum"
+        with contextlib.ExitStack() as stack:
+            for name, (owner, attribute) in places.items():
+                timed = self.timed(name, getattr(owner, attribute))
+                stack.enter_context(mock.patch.object(owner, attribute, timed))
+            yield
+
+    def milliseconds(self) -> dict[str, float]:
+        if self.device.type == "cpu":
+            return {name: 1e3 * sum(end - start for start, end in self.spans[name]) for name in PHASES}
+        torch.cuda.synchronize(self.device)
+        return {name: sum(start.elapsed_time(end) for start, end in self.spans[name]) for name in PHASES}
+
+
+def check_loss(peer: Peer, loss: Tensor) -> float:
+    """A loss of random thoughts is no more than finite; that the paths agree is checked on a small model."""
+    if not loss.isfinite():
+        raise ArithmeticError(f"the loss of {peer.name} is {loss.item()}")
+    return float("nan")
+
+
+def measure(case: Case, limits: Limits, device: torch.device) -> dict:
+    check_agreement()
+    step = Step(case, device)
+    peers = [Peer(path, lambda *_: None) for path in ATTENTION]
+    ready, absent = rehearse_all(peers, lambda peer: step.prepare(peer.name), check_loss, device)
+    times = time_all(ready, absent, device)
+    flops = case.batch * useful_flops(step.model, case.positions)
+    bound_ms = 1e3 * flops / limits.matrix_flops
+    records = figures(ready, times, flops, bound_ms, device)
+    for record in records.values():
+        del record["error"]
+        record["text_tokens_per_s"] = 1e3 * case.batch * case.positions / record["ms"]
+    shape = SHAPES[case.shape]
+    resident = 0 if device.type == "cpu" else torch.cuda.memory_allocated(device)  # weights and optimizer
+    return {
+        "pass": "training step",
+        "model": case.shape,
+        "parameters": sum(parameter.numel() for parameter in step.model.parameters()),
+        "positions": case.positions,
+        "batch": case.batch,
+        "checkpointing": shape.checkpointing,
+        "optimizer": type(step.optimizer).__name__,
+        "resident_mib": resident / 2**20,
+        "useful_gflop": flops / 1e9,
+        "bound_ms": bound_ms,
+        "contenders": records,
+        "absent": absent,
+        "phases_ms": step.phases(),
+    }
+
+
+def headline(record: dict) -> str:
+    phases = ", ".join(f"{name} {milliseconds:.1f}" for name, milliseconds in record["phases_ms"].items())
+    speed = record["contenders"]["ours"]["text_tokens_per_s"]
+    return (
+        f"{record['model']}: N {record['positions']}, B {record['batch']}, {record['optimizer']}"
+        f"{', checkpointing' * record['checkpointing']}; {speed:.4g} text tokens/s; ms: {phases}"
+    )
+
+
+def jobs(cases: list[Case], device: torch.device) -> Iterator[Job]:
+    for case in cases:
+        label = f"{case.shape}, N {case.positions}, B {case.batch}"
+        yield Job(label, partial(measure, case, device=device), headline)
+
+
+def main() -> None:
+    options: argparse.Namespace = parse_options(__doc__.partition("\n")[0], f"only the first {QUICK} shapes")
+    device = this_device()
+    cases = CASES[device.type][: QUICK if options.quick else None]
+    run("llama_step", device, jobs(cases, device), options.out, options.limit_seconds)
+
+
+if __name__ == "__main__":
+    main()
