@@ -22,10 +22,9 @@ from qstar_kernels.lm_head.logits import (
     check_ids,
     logit_chunks,
     product,
-    triton_refusal,
     without_autocast,
 )
-from qstar_kernels.lm_head.rows import make_rows
+from qstar_kernels.lm_head.rows import make_rows, triton_refusal
 
 
 class HeadGradients(NamedTuple):

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from qstar_kernels.arguments import check_alike, check_tensor, choose_backend
 from qstar_kernels.lm_head.log_prob import check_rows, differentiate, linear_log_prob, score_rows
-from qstar_kernels.lm_head.logits import LogitMap, accumulator_dtype, triton_refusal
-from qstar_kernels.lm_head.rows import make_rows
+from qstar_kernels.lm_head.logits import LogitMap, accumulator_dtype
+from qstar_kernels.lm_head.rows import make_rows, triton_refusal
 
 
 class _LinearLogProbSum(torch.autograd.Function):

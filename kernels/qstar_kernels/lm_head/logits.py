@@ -86,15 +86,6 @@ def logit_chunks(hidden: Tensor, head, rows: Tensor, *, column_multiple: int = 1
         yield chunk, factors, head.multiply(factors, buffer[: len(chunk)])
 
 
-def triton_refusal(name: str, x: Tensor) -> str | None:
-    """Why the Triton kernels cannot run on ``x``, the argument ``name``, or None."""
-    try:
-        from qstar_kernels.lm_head import fused
-    except ModuleNotFoundError as error:
-        return f"{error.name} is not installed"
-    return fused.unsupported(name, x)
-
-
 def check_head(
     hidden: Tensor,
     weight: Tensor,

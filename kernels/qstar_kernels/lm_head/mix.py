@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from qstar_kernels import reference
 from qstar_kernels.arguments import check_alike, check_tensor, choose_backend
-from qstar_kernels.lm_head.logits import accumulator_dtype, triton_refusal, without_autocast
+from qstar_kernels.lm_head.logits import accumulator_dtype, without_autocast
+from qstar_kernels.lm_head.rows import triton_refusal
 
 
 def _gather(base: Tensor, base_index: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -100,3 +100,12 @@ def make_rows(
 
         return TritonRows(weight, bias, forbidden, logit_map)
     return TorchRows(weight, bias, forbidden, logit_map)
+
+
+def triton_refusal(name: str, x: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on ``x``, the argument ``name``, or None."""
+    try:
+        from qstar_kernels.lm_head import fused
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    return fused.unsupported(name, x)

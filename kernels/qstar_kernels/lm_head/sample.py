@@ -22,10 +22,9 @@ from qstar_kernels.lm_head.logits import (
     check_head,
     check_ids,
     logit_chunks,
-    triton_refusal,
     without_autocast,
 )
-from qstar_kernels.lm_head.rows import make_rows
+from qstar_kernels.lm_head.rows import make_rows, triton_refusal
 from qstar_kernels.random_bits import row_uniforms
 
 TILE = 128
