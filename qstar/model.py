@@ -124,31 +124,33 @@ class LanguageHead:
     def _options(self) -> dict:
         return dict(bias=self.bias, logit_scale=self.logit_scale, softcap=self.softcap, forbidden=self.forbidden)
 
-    def _product_dtype(self, hidden: Tensor) -> torch.dtype:
-        return self.dtype if hidden.dtype == torch.float32 else hidden.dtype
+    def _operand(self, hidden: Tensor) -> Tensor:
+        return hidden.to(torch.promote_types(hidden.dtype, self.dtype))
 
     @functools.cached_property
-    def _rounded_weight(self) -> Tensor:
-        """For many draws; a CPU takes the weight as it is."""
-        return self.weight.detach().to(self.dtype if self.weight.is_cuda else self.weight.dtype)
+    def _drawing_weight(self) -> Tensor:
+        """The weight in the dtype that products take it in, made once for many draws; a CPU's are never of 16 bits."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.weight.detach().to(self.dtype if self.weight.is_cuda else wide)
 
     def log_prob(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probabilities ``[R]`` (fp32) of targets ``[R]`` at hidden ``[R, E]``; 0 for ignored targets."""
-        options = self._options | dict(temperature=temperature, product_dtype=self._product_dtype(hidden))
-        return linear_log_prob(hidden, self.weight, targets, **options)
+        options = self._options | dict(temperature=temperature, product_dtype=self.dtype)
+        return linear_log_prob(self._operand(hidden), self.weight, targets, **options)
 
     def log_prob_sum(
         self, hidden: Tensor, targets: Tensor, row_weight: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """The differentiable sum of ``row_weight`` ``[R]`` times log-probability, and the log-probabilities ``[R]``."""
+        hidden = self._operand(hidden)
         row_weight = row_weight.to(torch.promote_types(hidden.dtype, torch.float32))
-        options = self._options | dict(temperature=temperature, product_dtype=self._product_dtype(hidden))
+        options = self._options | dict(temperature=temperature, product_dtype=self.dtype)
         return linear_log_prob_sum(hidden, self.weight, targets, row_weight, **options)
 
     def sample(self, hidden: Tensor, *, seed: int, step: int, row_offset: int, temperature: float) -> Tensor:
         """Tokens ``[R]`` drawn at ``temperature``, the most probable ones at 0."""
         options = self._options | dict(seed=seed, step=step, row_offset=row_offset, temperature=temperature)
-        tokens, _ = sample_linear(hidden.to(self.dtype), self._rounded_weight, **options)
+        tokens, _ = sample_linear(hidden.to(self.dtype), self._drawing_weight, **options)
         return tokens
 
 

@@ -234,6 +234,23 @@ def test_autocast_has_no_effect():
     assert all(torch.equal(mine, plain) for mine, plain in zip(ours, wanted, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_bias_may_rule_a_token_out(backend):
+    """As a forbidden one is: no NaN in the entropy or in any gradient."""
+    tensors, targets = make_inputs(9, 13, 5, bias=True)
+    targets[targets == 4] = 0
+    hidden, weight, bias = (x.detach() for x in tensors)
+    shut = bias.clone()
+    shut[4] = -torch.inf
+    results = []
+    for options in ({"bias": shut}, {"bias": bias, "forbidden": torch.tensor([4])}):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        scores = linear_log_prob(*leaves, targets, **options, return_entropy=True, backend=backend)
+        results.append([*scores, *torch.autograd.grad((scores[0].square() + scores[1]).sum(), leaves)])
+    for mine, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_tied_weights_add_up():
     torch.manual_seed(0)
     table = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
@@ -268,7 +285,7 @@ def test_tied_weights_add_up():
             ValueError,
             "forbidden holds all 9 ids",
         ),
-        ({"temperature": 0.0}, ValueError, "temperature is 0.0, but it must be above 0"),
+        ({"temperature": 0.0}, ValueError, "temperature is 0.0, but it must be at least 1e-06"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number"),
         ({"logit_scale": float("nan")}, ValueError, "logit_scale is nan"),
         ({"softcap": -1.0}, ValueError, "softcap is -1.0, but it must be above 0"),

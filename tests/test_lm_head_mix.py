@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from qstar_kernels import mix_hidden
 from qstar_kernels.testing import assert_close
@@ -119,6 +120,19 @@ def test_shared_base_rows_add_up_in_a_fixed_order():
     upstream = torch.randn(5000, 32), torch.zeros(5000)
     first = run(tensors, base_index, False, "torch", *upstream)[2]
     assert all(torch.equal(run(tensors, base_index, False, "torch", *upstream)[2], first) for _ in range(5))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_nothing(reentrant):
+    tensors, base_index = make_inputs(20, 6, 8)
+
+    def total(*tensors):
+        mixed, w = mix_hidden(*tensors, base_index=base_index)
+        return mixed.square().sum() + w.sum()
+
+    wanted = torch.autograd.grad(total(*tensors), tensors)
+    checkpoint(total, *tensors, use_reentrant=reentrant).backward()
+    assert all(torch.equal(x.grad, grad) for x, grad in zip(tensors, wanted, strict=True))
 
 
 def test_autocast_has_no_effect():

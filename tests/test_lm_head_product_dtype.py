@@ -27,7 +27,7 @@ def narrow_products(monkeypatch):
         return
 
     def add_product(out, a, b, *, alpha=1.0, beta=1.0):
-        assert a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
+        assert a.dtype == b.dtype and a.dtype.itemsize == 2 and out.dtype == torch.float32
         total = alpha * (a.float() @ b.float())
         return out.copy_(total if beta == 0 else total + beta * out)
 
@@ -109,6 +109,23 @@ def test_gradients_round_to_the_products_and_come_in_the_dtypes_of_their_inputs(
     assert [x.dtype for x in of_narrow_weight] == [torch.float32, torch.bfloat16, torch.float32]
     assert torch.equal(of_narrow_weight[0], found[0])
     assert torch.equal(of_narrow_weight[1], found[1].bfloat16())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_small_share_of_a_row_outlives_float16(narrow_products, backend, dtype):
+    """A loss scale comes with the backward: what the forward has rounded to 0 by then is lost."""
+    hidden, weight, targets = inputs()
+    hidden = hidden.half().to(dtype)
+    row_weight = torch.rand(ROWS, device=DEVICE) * 2.0**-15
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    total, _ = linear_log_prob_sum(*leaves, targets, row_weight, product_dtype=torch.float16, backend=backend)
+    found = torch.autograd.grad(total * 2**16, leaves)
+    wide = hidden.double().requires_grad_(), weight.half().double().requires_grad_()
+    total, _ = linear_log_prob_sum(*wide, targets, row_weight.double(), backend="reference")
+    for mine, right in zip(found, torch.autograd.grad(total * 2**16, wide), strict=True):
+        assert (mine - right).norm() / right.norm() < 1e-3
+        assert (mine != 0).double().mean() > 0.99
 
 
 def test_the_weight_of_16_bit_states_may_be_a_master_copy():

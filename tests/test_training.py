@@ -216,6 +216,17 @@ def test_training_in_bfloat16_autocast_keeps_scores_in_float32():
     assert float(output.nll_base) == pytest.approx(float(exact.nll_base), rel=0.05)
 
 
+def test_a_float32_head_beside_16_bit_states_keeps_its_products():
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
+    head = model.language_head()
+    hidden = torch.randn(5, model.config.hidden_size).bfloat16()
+    targets = torch.arange(4, 9)
+    assert head.dtype == torch.float32
+    expected = tiny.logits_of(model, hidden.float()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(head.log_prob(hidden, targets), expected)
+    torch.testing.assert_close(head.log_prob_sum(hidden, targets, torch.ones(5))[1], expected)
+
+
 def test_rewards_in_bfloat16_autocast_are_those_of_float32():
     """A young mixing head weighs thoughts by far less than bfloat16 resolves: rewards must not drown in rounding."""
     model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from qstar_kernels import reference
 from qstar_kernels.arguments import check_alike, check_integer, check_number, check_tensor, choose_backend
 from qstar_kernels.lm_head.logits import (
+    LEAST_TEMPERATURE,
     LogitMap,
     accumulator_dtype,
     add_product,
@@ -110,7 +111,7 @@ def check_rows(
     product_dtype = check_head(hidden, weight, bias, forbidden, logit_scale, softcap, product_dtype)
     check_tensor("targets", targets, "[R]", (hidden.shape[0],), (torch.int64,))
     check_alike("targets", targets, "hidden", hidden, dtype=False)
-    check_number("temperature", temperature, above=0.0)
+    check_number("temperature", temperature, at_least=LEAST_TEMPERATURE)
     check_integer("ignore_index", ignore_index)
     check_ids(weight.shape[0], forbidden, targets, ignore_index)
     return product_dtype
@@ -142,7 +143,7 @@ def linear_log_prob(
         weight: ``[V, E]``, the dtype of ``hidden``, that of the products, or float32 beside 16-bit ``hidden``.
         targets: ``[R]`` int64 token ids, or ``ignore_index``.
         bias: ``[V]``, a dtype that ``weight`` may have.
-        temperature: divides the logits; above 0.
+        temperature: divides the logits; at least 1e-6.
         logit_scale: multiplies the logits before the soft-cap.
         softcap: above 0; bounds the logits by ``softcap tanh(x / softcap)``.
         forbidden: ``[F]`` int64 ids whose probability is 0, inside the normaliser.
@@ -150,7 +151,8 @@ def linear_log_prob(
         return_entropy: return the entropy of every row's distribution as well.
         product_dtype: that of the factors in a GPU's products, by default that of ``hidden``. bfloat16 and float16 are
             for float32 ``hidden``: the logits then take two products, of what ``hidden`` rounds to and of what that
-            loses, so that small differences between rows outlive the rounding. CPUs make them in float32 all the same.
+            loses, so that small differences between rows outlive the rounding. float16 holds no state beyond 65504.
+            CPUs make them in float32 all the same.
         backend: ``"reference"`` (dense), ``"torch"``, ``"triton"`` (kernels between the matrix library's products;
             not float64) or ``"auto"``: ``"triton"`` on a GPU where its kernels can run, else ``"torch"``.
 

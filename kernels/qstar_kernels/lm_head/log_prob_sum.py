@@ -9,6 +9,8 @@ backward are the gradients.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -18,6 +20,8 @@ from qstar_kernels.lm_head.log_prob import check_rows, differentiate, linear_log
 from qstar_kernels.lm_head.logits import LogitMap, accumulator_dtype
 from qstar_kernels.lm_head.rows import make_rows, triton_refusal
 
+FLOAT16_HEADROOM = 8  # bits by which a weight exceeds what gradients are multiples of
+
 
 class _LinearLogProbSum(torch.autograd.Function):
     @staticmethod
@@ -26,11 +30,12 @@ class _LinearLogProbSum(torch.autograd.Function):
         scored = targets != ignore_index
         idle, rows = (x.nonzero().squeeze(1) for x in (scored & (row_weight == 0), scored & (row_weight != 0)))
         needs = ctx.needs_input_grad[:3]
+        ctx.unit = gradient_unit(row_weight, rows, head_options[-1])
         log_prob = torch.zeros_like(row_weight, memory_format=torch.contiguous_format)
-        dtype = row_weight.dtype
         if len(idle):
             score_rows(hidden, head, idle, targets, log_prob)
-        grads = differentiate(hidden, head, rows, targets, row_weight, needs, dtype, log_prob=log_prob)
+        upstream = row_weight / ctx.unit
+        grads = differentiate(hidden, head, rows, targets, upstream, needs, hidden.dtype, log_prob=log_prob)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(log_prob)
@@ -39,8 +44,25 @@ class _LinearLogProbSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total, _):
+        factor = d_total * ctx.unit
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if grad is None else (grad * d_total).to(dtype) for grad, dtype in saved), *(None,) * 7
+        return *(None if grad is None else scaled(grad, factor, dtype) for grad, dtype in saved), *(None,) * 7
+
+
+def gradient_unit(row_weight: Tensor, rows: Tensor, product_dtype: torch.dtype) -> float:
+    """What the gradients are multiples of until the backward, a power of two.
+
+    A float16 one would be lost where a loss scale, which comes with the backward, comes too late.
+    """
+    if product_dtype != torch.float16 or not len(rows):
+        return 1.0
+    largest = row_weight[rows].abs().max().item()
+    return 2.0 ** (math.frexp(largest)[1] - FLOAT16_HEADROOM) if math.isfinite(largest) else 1.0
+
+
+def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad * factor`` in ``dtype``, rounded once and without a copy in between."""
+    return torch.mul(grad, factor, out=grad.new_empty(grad.shape, dtype=dtype))
 
 
 def linear_log_prob_sum(
@@ -61,7 +83,7 @@ def linear_log_prob_sum(
     """The sum of ``row_weight * log_prob``, see :func:`qstar_kernels.linear_log_prob`, in one pass over the logits.
 
     Differentiable with respect to ``hidden``, ``weight`` and ``bias``, not ``row_weight``. The gradients are made in
-    the forward, chunk by chunk, and kept for the backward, that of ``weight`` in fp32.
+    the forward, chunk by chunk, and kept for the backward, those of ``weight`` and ``bias`` in fp32.
 
     Args:
         hidden: ``[R, E]``, float64, float32, bfloat16 or float16.

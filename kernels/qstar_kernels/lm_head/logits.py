@@ -20,6 +20,7 @@ CPU_CHUNK_ELEMENTS = 2**24  # 64 MB in fp32: at V = 50k still 340 rows, below wh
 CPU_CHUNK_ROWS = 1024  # the products gain nothing from more, and a small vocabulary's logits stay in the cache
 GPU_CHUNK_ELEMENTS = 2**29  # 2 GB in fp32: 4096 rows at V = 128k, enough to amortise adding to dW
 GPU_ROW_MULTIPLE = 128  # whole tiles of a product
+LEAST_TEMPERATURE = 1e-6  # far below it, logits over the temperature overflow
 
 
 class LogitMap(NamedTuple):
@@ -75,7 +76,7 @@ def logit_chunks(hidden: Tensor, head, rows: Tensor, *, column_multiple: int = 1
     vocabulary = len(head.weight)
     column_multiple = max(column_multiple, head.column_multiple)
     if hidden.is_cuda:
-        height = max(1, GPU_CHUNK_ELEMENTS // vocabulary)
+        height = max(1, GPU_CHUNK_ELEMENTS // max(vocabulary, hidden.shape[1]))
         height -= height % GPU_ROW_MULTIPLE if height > GPU_ROW_MULTIPLE else 0
     else:
         height = max(1, min(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // vocabulary))

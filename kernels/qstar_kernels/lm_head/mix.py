@@ -84,8 +84,9 @@ class _MixHidden(torch.autograd.Function):
     def backward(ctx, d_mixed, d_w):
         if d_mixed is None and d_w is None:
             return (None,) * 7
-        features, head_weight = ctx.saved_tensors[2:4]
-        arguments = (d_mixed, d_w, *ctx.saved_tensors, ctx.sigmoid, ctx.needs_input_grad[:3])
+        saved = ctx.saved_tensors  # once: with checkpointing a second look would be an error
+        features, head_weight = saved[2:4]
+        arguments = (d_mixed, d_w, *saved, ctx.sigmoid, ctx.needs_input_grad[:3])
         d_head = None
         with without_autocast(features):
             if ctx.backend == "triton":

@@ -46,10 +46,8 @@ class TorchRows:
         log_prob = log_p.gather(1, targets[:, None]).squeeze(1)
         if not want_entropy:
             return log_prob, None
-        information = log_p.exp().mul_(log_p)
-        if self.forbidden is not None:
-            information.index_fill_(1, self.forbidden, 0.0)
-        return log_prob, information.sum(-1).neg_()
+        p = log_p.exp()
+        return log_prob, torch.special.entr(p, out=p).sum(-1)
 
     def gradient(
         self,
@@ -76,11 +74,12 @@ class TorchRows:
         if d_entropy is None:
             d_logits = p.scatter_(1, column, p.gather(1, column) - 1.0).mul_(from_label)
         else:
+            log_p.clamp_(min=torch.finfo(log_p.dtype).min)  # times p = 0 that is 0, minus infinity would not be
             d_logits = log_p.add_(entropy[:, None]).mul_(p).mul_((d_entropy * -gain)[:, None])
             d_logits.addcmul_(p.scatter_(1, column, p.gather(1, column) - 1.0), from_label)
         if slope is not None:
             d_logits.mul_(slope)
-        if self.forbidden is not None and (slope is not None or d_entropy is not None):
+        if self.forbidden is not None and slope is not None:
             d_logits.index_fill_(1, self.forbidden, 0.0)
         return d_logits.to(self.weight.dtype)
 

@@ -6,7 +6,8 @@ An exact draw in two stages, with two uniforms a row instead of one random numbe
     tile   = the first of the fixed tiles of 128 columns with   sum of p up to and with it  >  u1 sum(p)
     token  = the first of the tile's columns with               sum of p up to and with it  >  u2 sum(p in the tile)
 
-The masses add up in float64 or in whole quanta, so that tokens far below the top keep their share.
+The masses of tiles, and of the columns of one, add up in float64 or in whole quanta, so that tokens far below the top
+keep their share.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from qstar_kernels import reference
 from qstar_kernels.arguments import check_integer, check_number, choose_backend
 from qstar_kernels.lm_head.logits import (
+    LEAST_TEMPERATURE,
     LogitMap,
     accumulator_dtype,
     check_head,
@@ -121,8 +123,8 @@ def sample_linear(
         step: at least 0, below 2^64: draws of different steps are independent.
         row_offset: at least 0: the number of the first row among all rows that share ``seed`` and ``step``.
         bias: ``[V]``, a dtype that ``weight`` may have.
-        temperature: at least 0; 0 takes the arg-max, the lowest id among equals.
-        log_prob_temperature: above 0; the temperature of the returned log-probability.
+        temperature: at least 1e-6, or 0, which takes the arg-max, the lowest id among equals.
+        log_prob_temperature: at least 1e-6; the temperature of the returned log-probability.
         logit_scale: multiplies the logits before the soft-cap.
         softcap: above 0; bounds the logits by ``softcap tanh(x / softcap)``.
         forbidden: ``[F]`` int64 ids that are never drawn and do not count in the log-probability's normaliser.
@@ -150,7 +152,9 @@ def sample_linear(
         if not low <= value < high:
             raise ValueError(f"{name} is {value}, but it must be in [{low}, {high})")
     check_number("temperature", temperature, at_least=0.0)
-    check_number("log_prob_temperature", log_prob_temperature, above=0.0)
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ValueError(f"temperature is {temperature}, but it must be 0 or at least {LEAST_TEMPERATURE}")
+    check_number("log_prob_temperature", log_prob_temperature, at_least=LEAST_TEMPERATURE)
     check_ids(weight.shape[0], forbidden)
     chosen = choose_backend(backend, on_gpu=hidden.is_cuda, triton_refusal=lambda: triton_refusal("hidden", hidden))
 
