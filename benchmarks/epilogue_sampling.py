@@ -17,7 +17,7 @@ from torch import Tensor
 from qstar_kernels.launch import Launch, Tile, run_all
 from qstar_kernels.lm_head.fused import TILE, signed
 from qstar_kernels.lm_head.row_kernels import LOWEST, at_most_zero
-from qstar_kernels.lm_head.sample_kernels import count_quanta, count_row, load_counts, row_uniforms, threshold
+from qstar_kernels.lm_head.sample_kernels import count_quanta, count_row, find_top, pick_tile, row_uniforms, threshold
 from qstar_kernels.lm_head.tiles import RowTile
 from qstar_kernels.primitives import operand
 
@@ -81,26 +81,16 @@ def pick_tile_kernel(
 ):
     """Each row's tile, its uniform for a column of it, and the maximum and log-mass of the row, all [R]."""
     row = tl.cast(tl.program_id(0), tl.int64)
-    lanes = tl.arange(0, COLUMNS)
     tops += row * tiles
     masses += row * tiles
-    highest = tl.full([COLUMNS], LOWEST, tl.float32)
-    for start in range(0, tiles, COLUMNS):
-        highest = tl.maximum(highest, tl.load(tops + start + lanes, mask=start + lanes < tiles, other=LOWEST))
-    row_top = tl.max(highest, 0)
+    row_top = find_top(tops, tiles, COLUMNS)
     total = count_row(tops, masses, tiles, row_top, 1.0, unit, COLUMNS)
 
     tile_uniform, column_uniform = row_uniforms(
         tl.cast(seed, tl.int64), tl.cast(step, tl.int64), tl.cast(first_row, tl.int64) + row
     )
     drawn = threshold(tile_uniform, total)
-    tile = 0
-    before = tl.full([], 0, tl.int64)
-    for start in range(0, tiles, COLUMNS):
-        counts = load_counts(tops, masses, start + lanes, tiles, row_top, 1.0, unit)
-        tile += tl.sum((before + tl.cumsum(counts, 0) <= drawn).to(tl.int32), 0)
-        before += tl.sum(counts, 0)
-    tl.store(picked + row, tl.minimum(tile, tiles - 1))
+    tl.store(picked + row, pick_tile(tops, masses, tiles, row_top, 1.0, unit, drawn, COLUMNS))
     tl.store(uniforms + row, column_uniform)
     tl.store(row_tops + row, row_top)
     tl.store(log_totals + row, tl.log((total.to(tl.float64) * (1.0 / unit)).to(tl.float32)))

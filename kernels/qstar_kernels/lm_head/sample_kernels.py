@@ -62,6 +62,29 @@ def count_row(tops, masses, tiles, row_top, ratio, unit, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def find_top(tops, tiles, COLUMNS: tl.constexpr):
+    """The maximum of a row."""
+    lanes = tl.arange(0, COLUMNS)
+    highest = tl.full([COLUMNS], LOWEST, tl.float32)
+    for start in range(0, tiles, COLUMNS):
+        highest = tl.maximum(highest, tl.load(tops + start + lanes, mask=start + lanes < tiles, other=LOWEST))
+    return tl.max(highest, 0)
+
+
+@triton.jit
+def pick_tile(tops, masses, tiles, row_top, ratio, unit, drawn, COLUMNS: tl.constexpr):
+    """The first tile of a row with more than ``drawn`` in it and all before it."""
+    lanes = tl.arange(0, COLUMNS)
+    tile = 0
+    before = tl.full([], 0, tl.int64)
+    for start in range(0, tiles, COLUMNS):
+        counts = load_counts(tops, masses, start + lanes, tiles, row_top, ratio, unit)
+        tile += tl.sum((before + tl.cumsum(counts, 0) <= drawn).to(tl.int32), 0)
+        before += tl.sum(counts, 0)
+    return tl.minimum(tile, tiles - 1)
+
+
+@triton.jit
 def uniform(high, low):
     """A multiple of 2^-53 on [0, 1) of two words of 32 bits."""
     return ((tl.cast(high, tl.int64) << 21) | (tl.cast(low, tl.int64) >> 11)).to(tl.float64) * (2.0**-53)
@@ -99,10 +122,7 @@ def draw_kernel(
     else:
         draw_masses += row * tiles
 
-    highest = tl.full([COLUMNS], LOWEST, tl.float32)
-    for start in range(0, tiles, COLUMNS):
-        highest = tl.maximum(highest, tl.load(tops + start + lanes, mask=start + lanes < tiles, other=LOWEST))
-    row_top = tl.max(highest, 0)
+    row_top = find_top(tops, tiles, COLUMNS)
     total = count_row(tops, masses, tiles, row_top, 1.0, unit, COLUMNS)
 
     inside = tl.arange(0, TILE)
@@ -119,13 +139,7 @@ def draw_kernel(
             tl.cast(seed, tl.int64), tl.cast(step, tl.int64), tl.cast(first_row, tl.int64) + row
         )
         drawn = threshold(tile_uniform, count_row(tops, draw_masses, tiles, row_top, ratio, unit, COLUMNS))
-        tile = 0
-        before = tl.full([], 0, tl.int64)
-        for start in range(0, tiles, COLUMNS):
-            counts = load_counts(tops, draw_masses, start + lanes, tiles, row_top, ratio, unit)
-            tile += tl.sum((before + tl.cumsum(counts, 0) <= drawn).to(tl.int32), 0)
-            before += tl.sum(counts, 0)
-        tile = tl.minimum(tile, tiles - 1)
+        tile = pick_tile(tops, draw_masses, tiles, row_top, ratio, unit, drawn, COLUMNS)
         y = load_logits(logits, bias, tile * TILE + inside, vocabulary, width, gain, cap)
         counts = count_quanta((y - tl.max(y, 0)) * ratio)
         drawn = threshold(column_uniform, tl.sum(counts, 0))

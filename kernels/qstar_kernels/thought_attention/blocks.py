@@ -28,8 +28,8 @@ class Rules(NamedTuple):
 
     def within(self, positions: int, tokens: int) -> Rules:
         """The same rules, without a window so wide that it hides nothing."""
-        hides = self.window is not None and self.window < positions + tokens
-        return self if hides else self._replace(window=None)
+        idle = self.window is not None and self.window >= positions + tokens
+        return self._replace(window=None) if idle else self
 
 
 class Block(NamedTuple):
