@@ -10,7 +10,6 @@ own. On a CPU it takes one tiny shape.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import time
 from collections import defaultdict
@@ -23,7 +22,7 @@ import torch
 from bench_training_step import check_agreement, useful_flops
 from device_limits import Limits
 from masked_path import masked_objective
-from results_file import Job, Peer, figures, parse_options, rehearse_all, run, this_device, time_all
+from results_file import Job, Peer, measure_peers, parse_options, run, this_device
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.optimization import Adafactor
@@ -50,11 +49,12 @@ class Shape(NamedTuple):
     checkpointing: bool = False
 
 
+LLAMA_1B = Shape(2048, 8192, 16, 32, 8, 128256, True)
 SHAPES = {
     "tiny": Shape(64, 192, 2, 4, 2, 512, True),
     "135M": Shape(576, 1536, 30, 9, 3, 49152, True),
-    "1B": Shape(2048, 8192, 16, 32, 8, 128256, True),
-    "1B checkpointed": Shape(2048, 8192, 16, 32, 8, 128256, True, checkpointing=True),
+    "1B": LLAMA_1B,
+    "1B checkpointed": LLAMA_1B._replace(checkpointing=True),
     "7B": Shape(4096, 11008, 32, 32, 32, 32000, False, partial(Adafactor, lr=1e-5, relative_step=False), True),
 }
 
@@ -172,8 +172,11 @@ class PhaseClock:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        places = {"think": (losses, "think"), "packed forward": (losses, "read_grid")}
-        places["head"] = LanguageHead, "log_prob_sum"
+        places = {
+            "think": (losses, "think"),
+            "packed forward": (losses, "read_grid"),
+            "head": (LanguageHead, "log_prob_sum"),
+        }
         with contextlib.ExitStack() as stack:
             for name, (owner, attribute) in places.items():
                 timed = self.timed(name, getattr(owner, attribute))
@@ -195,14 +198,11 @@ def check_loss(peer: Peer, loss: Tensor) -> float:
 
 
 def measure(case: Case, limits: Limits, device: torch.device) -> dict:
-    check_agreement()
     step = Step(case, device)
-    peers = [Peer(path, lambda *_: None) for path in ATTENTION]
-    ready, absent = rehearse_all(peers, lambda peer: step.prepare(peer.name), check_loss, device)
-    times = time_all(ready, absent, device)
     flops = case.batch * useful_flops(step.model, case.positions)
     bound_ms = 1e3 * flops / limits.matrix_flops
-    records = figures(ready, times, flops, bound_ms, device)
+    peers = [Peer(path, partial(step.prepare, path)) for path in ATTENTION]
+    records, absent = measure_peers(peers, lambda peer: peer.prepare(), check_loss, flops, bound_ms, device)
     for record in records.values():
         del record["error"]
         record["text_tokens_per_s"] = 1e3 * case.batch * case.positions / record["ms"]
@@ -241,7 +241,8 @@ def jobs(cases: list[Case], device: torch.device) -> Iterator[Job]:
 
 
 def main() -> None:
-    options: argparse.Namespace = parse_options(__doc__.partition("\n")[0], f"only the first {QUICK} shapes")
+    options = parse_options(__doc__.partition("\n")[0], f"only the first {QUICK} shapes")
+    check_agreement()
     device = this_device()
     cases = CASES[device.type][: QUICK if options.quick else None]
     run("llama_step", device, jobs(cases, device), options.out, options.limit_seconds)

@@ -16,21 +16,8 @@ import torch
 from device_limits import Limits
 from head_cases import INPUTS, QUICK, SIZES, Inputs, Work
 from head_peers import peers_of
-from paired import compare, median_ratio
-from results_file import (
-    DTYPE,
-    Job,
-    Peer,
-    extra_info,
-    figures,
-    limits_of,
-    parse_options,
-    rehearse_all,
-    rounded,
-    run,
-    this_device,
-    time_all,
-)
+from paired import compare
+from results_file import DTYPE, Job, Peer, limits_of, measure_peers, parse_options, report, run, this_device
 
 from qstar_kernels import sample_linear
 
@@ -45,23 +32,21 @@ def measure(work: Work, device: torch.device, limits: Limits) -> dict:
     def check(peer: Peer, results: tuple[torch.Tensor, ...]) -> float:
         return inputs.check_products(results) if peer.name == "products" else inputs.check(peer.name, results)
 
-    ready, absent = rehearse_all(peers_of(work.kind, device), lambda peer: peer.prepare(inputs), check, device)
-    times = time_all(ready, absent, device)
-    bound = work.bound(limits, dtype.itemsize)
-    records = figures(ready, times, work.useful_flops(), bound["bound_ms"], device)
-    for name, own in times.items():
-        if "products" in times:
-            records[name]["times_products"] = median_ratio(own, times["products"])
+    bound, flops = work.bound(limits, dtype.itemsize), work.useful_flops()
+    result_mib = work.result_bytes(dtype.itemsize) / 2**20
+    peers = peers_of(work.kind, device)
+    records, absent = measure_peers(peers, lambda peer: peer.prepare(inputs), check, flops, bound["bound_ms"], device)
+    for name, record in records.items():
         if name != "products":  # its results lie in memory that was there
-            records[name]["extra_mib"] = records[name]["peak_mib"] - work.result_bytes(dtype.itemsize) / 2**20
+            record["extra_mib"] = record["peak_mib"] - result_mib
     return {
         "pass": work.kind,
         "rows": work.rows,
         "width": work.width,
         "vocabulary": work.vocabulary,
         "dtype": str(dtype).removeprefix("torch."),
-        "useful_gflop": work.useful_flops() / 1e9,
-        "result_mib": work.result_bytes(dtype.itemsize) / 2**20,
+        "useful_gflop": flops / 1e9,
+        "result_mib": result_mib,
         **bound,
         "goal_times_products": GOAL,
         "contenders": records,
@@ -75,18 +60,9 @@ def measure(work: Work, device: torch.device, limits: Limits) -> dict:
 @pytest.mark.parametrize("work", SIZES[this_device().type][: QUICK[this_device().type]], ids=lambda work: work.label)
 def test_lm_head(benchmark, work):
     device = this_device()
-    record = rounded(measure(work, device, limits_of(device)))
-    benchmark.extra_info.update(extra_info(record))
-    benchmark.extra_info.update({field: record[field] for field in ("useful_gflop", "result_mib", "bound_ms")})
-    inputs = INPUTS[work.kind](work, DTYPE[device.type], device)
-    call = peers_of(work.kind, device)[0].prepare(inputs)
-
-    def finished():
-        call()
-        if device.type != "cpu":
-            torch.cuda.synchronize(device)
-
-    benchmark.pedantic(finished, rounds=2)
+    record = measure(work, device, limits_of(device))
+    call = peers_of(work.kind, device)[0].prepare(INPUTS[work.kind](work, DTYPE[device.type], device))
+    report(benchmark, record, ("useful_gflop", "result_mib", "bound_ms"), call, device)
 
 
 @pytest.mark.skipif(this_device().type != "cpu", reason="compares times of the host")

@@ -18,20 +18,7 @@ from attention_cases import Grid, Work
 from attention_peers import packed_peers, step_peers
 from device_limits import Limits
 from paired import Call
-from results_file import (
-    DTYPE,
-    Job,
-    Peer,
-    extra_info,
-    figures,
-    limits_of,
-    parse_options,
-    rehearse_all,
-    rounded,
-    run,
-    this_device,
-    time_all,
-)
+from results_file import DTYPE, Job, Peer, limits_of, measure_peers, parse_options, report, run, this_device
 from torch import Tensor
 
 from qstar_kernels import thought_attention, thought_attention_step
@@ -110,14 +97,15 @@ def prepare(peer: Peer, work: Work, grid: Grid) -> Call:
 def measure(work: Work, grid: Grid, limits: Limits) -> dict:
     """Check and time every contender of one pass; the record that the JSON holds."""
     device, case = grid.q.device, work.case
-    ready, absent = rehearse_all(
+    bound, flops = work.bound(limits, grid.q.element_size()), work.useful_flops()
+    records, absent = measure_peers(
         contenders(work, device),
         lambda peer: prepare(peer, work, grid),
         lambda _, results: grid.check(work, results),
+        flops,
+        bound["bound_ms"],
         device,
     )
-    times = time_all(ready, absent, device)
-    bound, flops = work.bound(limits, grid.q.element_size()), work.useful_flops()
     return {
         "pass": work.name,
         "positions": case.positions,
@@ -130,7 +118,7 @@ def measure(work: Work, grid: Grid, limits: Limits) -> dict:
         "useful_gflop": flops / 1e9,
         "mask_mib": work.mask_entries * grid.q.element_size() / 2**20,
         **bound,
-        "contenders": figures(ready, times, flops, bound["bound_ms"], device),
+        "contenders": records,
         "absent": absent,
     }
 
@@ -148,18 +136,9 @@ def test_thought_attention(benchmark, case, kind):
     device = this_device()
     grid = Grid(case, DTYPE[device.type], device)
     work = Work(case, kind, filled=case.tokens if kind == "step" else 0)
-    record = rounded(measure(work, grid, limits_of(device)))
-    benchmark.extra_info.update(extra_info(record))
-    benchmark.extra_info.update({field: record[field] for field in ("useful_gflop", "mask_mib", "bound_ms")})
-
+    record = measure(work, grid, limits_of(device))
     call = prepare(Peer("ours", ours(work, "auto")), work, grid)
-
-    def finished():
-        call()
-        if device.type != "cpu":
-            torch.cuda.synchronize(device)
-
-    benchmark.pedantic(finished, rounds=2)
+    report(benchmark, record, ("useful_gflop", "mask_mib", "bound_ms"), call, device)
 
 
 # As a command

@@ -153,15 +153,43 @@ def figures(
         }
         if device.type != "cpu":
             records[name]["host_ms"] = 1e3 * statistics.median(each.host for each in own)
+        if "products" in times:
+            records[name]["times_products"] = median_ratio(own, times["products"])
         if ready[name].note:
             records[name]["note"] = ready[name].note
     return records
 
 
-def extra_info(record: dict) -> dict:
-    """A record as pytest-benchmark's flat fields."""
-    info = {f"{field}_{name}": value for name, own in record["contenders"].items() for field, value in own.items()}
-    return info | {f"absent_{name}": why for name, why in record["absent"].items()}
+def measure_peers(
+    peers: list[Peer],
+    prepare: Callable[[Peer], Call],
+    check: Callable[[Peer, Any], float],
+    flops: float,
+    bound_ms: float,
+    device: torch.device,
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """What the JSON holds of the contenders that run and are right, and why the others are absent."""
+    ready, absent = rehearse_all(peers, prepare, check, device)
+    times = time_all(ready, absent, device)
+    return figures(ready, times, flops, bound_ms, device), absent
+
+
+def report(benchmark, record: dict, fields: tuple[str, ...], call: Call, device: torch.device) -> None:
+    """To pytest-benchmark: these fields of a record, its contenders as flat fields, and times of ``call``."""
+    record = rounded(record)
+    info = benchmark.extra_info
+    info.update(
+        {f"{field}_{name}": value for name, own in record["contenders"].items() for field, value in own.items()}
+    )
+    info.update({f"absent_{name}": why for name, why in record["absent"].items()})
+    info.update({field: record[field] for field in fields})
+
+    def finished():
+        call()
+        if device.type != "cpu":
+            torch.cuda.synchronize(device)
+
+    benchmark.pedantic(finished, rounds=2)
 
 
 def table(record: dict) -> Iterator[str]:
