@@ -93,11 +93,47 @@ def test_a_kernel_is_tuned_with_the_tile_that_is_tried(monkeypatch, capsys, op, 
     monkeypatch.setattr(provider, "build_launch", lambda *a, **k: build(*a, **k | {"device": "meta"}))
     monkeypatch.setattr(provider, "errors", lambda *a: (float("nan") if table_tile().keys == narrowest else 1.0, 1.0))
 
-    chosen = tune.tune_kernel(op, kernel, torch.bfloat16, provider.Shape(128), "sm_90")
+    monkeypatch.setattr(provider, "rivals", lambda *a: {})
+    winners = tune.tune_kernel(op, kernel, torch.bfloat16, provider.Shape(128), "sm_90")
+    chosen = winners[kernel]
+    assert winners.keys() == {kernel}
     assert tried == [tile for tile in candidates if tile.warps != 4 and tile.keys > narrowest]
     assert chosen.keys == max(tile.keys for tile in candidates) > present.keys
     assert table_tile() == present
     assert "(the table's)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("speed, wins", [(0.5, True), (0.99, False)])
+def test_a_rival_takes_the_place_of_a_kernel_if_it_is_faster(monkeypatch, speed, wins):
+    tiles = ATTENTION.rivals("forward", "sm_90", torch.bfloat16, 128)["hopper_forward"]
+    build = ATTENTION.build_launch
+    monkeypatch.setattr(tune, "measure", lambda cases, workers: [(case, tune.Resources(shared=1)) for case in cases])
+    monkeypatch.setattr(ATTENTION, "candidates", lambda tile: [tile])
+    monkeypatch.setattr(ATTENTION, "build_launch", lambda *a, **k: build(*a, **k | {"device": "meta"}))
+    monkeypatch.setattr(ATTENTION, "errors", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(tune, "time_launch", lambda x: speed + (x.tile != tiles[1]) / 1000 if x.is_gluon else 1.0)
+
+    winners = tune.tune_kernel("thought_attention", "forward", torch.bfloat16, ATTENTION.Shape(128), "sm_90")
+    present = ATTENTION.TABLE.find("forward", "sm_90", torch.bfloat16, 128)
+    assert winners == {"forward": present, "hopper_forward": tiles[1] if wins else None}
+    assert ATTENTION.rivals("forward", "sm_100", torch.bfloat16, 128) == {}
+    assert ATTENTION.rivals("forward", "sm_90", torch.float32, 128) == {}
+    assert ATTENTION.rivals("forward", "sm_90", torch.bfloat16, 96) == {}
+
+
+def test_a_rival_joins_and_leaves_the_table(tmp_path):
+    key = "hopper_forward", "16", 128
+    entries = tune.with_winners(ATTENTION.TABLE.entries, "sm_90", {key: PRESENT})
+    path = tmp_path / "tiles.json"
+    path.write_text(tile_table.format_table(entries))
+    table = tile_table.TileTable(path)
+    assert table.find_special("hopper_forward", "sm_90", torch.bfloat16, 128) == PRESENT
+    assert table.find_special("hopper_forward", "sm_90", torch.bfloat16, 127) is None
+    assert table.find_special("hopper_forward", "sm_90", torch.float32, 128) is None
+    assert table.find_special("hopper_forward", "sm_103", torch.bfloat16, 128) is None
+    with table.trying("hopper_forward", None):
+        assert table.find_special("hopper_forward", "sm_90", torch.bfloat16, 128) is None
+    assert tune.with_winners(entries, "sm_90", {key: None}) == ATTENTION.TABLE.entries
 
 
 def test_winners_join_the_table_of_their_card(tmp_path):

@@ -11,6 +11,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qstar_kernels.primitives import INTERPRETED
 
@@ -61,6 +63,11 @@ class Launch:
     def keywords(self) -> dict[str, Any]:
         return {**self.arguments, **self.tile.constants}
 
+    @property
+    def is_gluon(self) -> bool:
+        """Whether the kernel is in Gluon, Triton's lower level, not in Triton."""
+        return isinstance(self.kernel, GluonJITFunction)
+
     def run(self) -> None:
         if self.programs:
             self.kernel[(self.programs,)](**self.keywords, num_warps=self.tile.warps, num_stages=self.tile.stages)
@@ -80,7 +87,8 @@ class Launch:
                 constants[(index,)] = value
             elif not general and _aligned(value):
                 attributes[(index,)] = ALIGNED
-        source = ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
+        make_source = GluonASTSource if self.is_gluon else ASTSource
+        source = make_source(self.kernel, signature, constexprs=constants, attrs=attributes)
         options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
         return triton.compile(source, target=TARGETS[architecture], options=options)
 
@@ -89,6 +97,9 @@ def _kind(value: Any, general: bool = False) -> str | tuple[str, ...]:
     """The type of an argument in a signature, as Triton's own launcher finds it; ``general``: 1 is like any other."""
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        element = POINTERS[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{element}{list(value.block_shape)},{value.layout!r}>"
     if isinstance(value, tuple):
         return tuple(_kind(x) for x in value)
     if value is None or (isinstance(value, int) and value == 1 and not general):

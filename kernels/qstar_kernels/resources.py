@@ -27,14 +27,16 @@ from qstar_kernels.launch import TARGETS, Tile
 from qstar_kernels.lm_head import cases as lm_head
 from qstar_kernels.thought_attention import cases as thought_attention
 
-# Each has KERNELS, WIDTHS, TABLE, Shape(width) and build_launch(kernel, architecture, dtype, shape, rules=), and for
-# ``tune`` candidates(tile), largest_served(width) and errors(kernel, dtype, width, device).
+# Each has KERNELS, WIDTHS, TABLE, Shape(width), build_launch(kernel, architecture, dtype, shape, rules=) and
+# rivals(kernel, architecture, dtype, width), and for ``tune`` candidates(tile), largest_served(width) and
+# errors(kernel, dtype, width, device).
 PROVIDERS = {"thought_attention": thought_attention, "lm_head": lm_head}
 
 DTYPES = ("bfloat16", "float32")  # one of each size; float16 takes what bfloat16 does
 SHARED_LIMITS = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 NEVER_SPILLS = ("sm_90", "sm_100")
 INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "mfma")  # of tensor cores
+PRODUCTS = {"tt.dot": "ttir", "ttng.warp_group_dot": "ttgir"}  # their names, and the stage of the compiler to look at
 MARKS = ("<!-- resources: begin -->", "<!-- resources: end -->")
 HEADER = (
     "| kernel | dtype | width | tile | registers | spilled | shared memory | products by |",
@@ -68,18 +70,24 @@ class Resources:
     spilled: int = 0  # bytes of stack; on AMD registers
     shared: int = 0
     products: tuple[str, ...] = ()  # what makes them: of INSTRUCTIONS, or "fma"; nothing where there are none
+    serialized: bool = False  # the assembler makes asynchronous products wait for one another
     seconds: float = 0.0
     error: str | None = None
 
 
 def table_cases(architecture: str) -> Iterator[Case]:
-    """The tiles of every op's table, each at the largest width that it serves, and with every rule at a middle one."""
+    """The tiles of every op's table, each at the largest width that it serves, and with every rule at a middle one;
+    and those of kernels that may take the place of others.
+    """
     for op, provider in PROVIDERS.items():
         middle = provider.WIDTHS[len(provider.WIDTHS) // 2]
         for dtype in DTYPES:
             for width, rules in [*((width, False) for width in provider.WIDTHS), (middle, True)]:
                 for kernel in provider.KERNELS:
                     yield find_case(op, kernel, architecture, dtype, width, rules)
+                    if not rules:
+                        for rival, tiles in provider.rivals(kernel, architecture, getattr(torch, dtype), width).items():
+                            yield from (Case(op, rival, architecture, dtype, width, tile) for tile in tiles)
 
 
 def find_case(op: str, kernel: str, architecture: str, dtype: str, width: int, rules: bool = False) -> Case:
@@ -98,6 +106,8 @@ def complaints(case: Case, found: Resources) -> list[str]:
     limit = SHARED_LIMITS[case.architecture]
     if found.shared > limit:
         wrong.append(f"{case}: {found.shared} bytes of shared memory, the card has {limit}")
+    if found.serialized:
+        wrong.append(f"{case}: the assembler serializes its products")
     if case.architecture == "sm_90" and case.dtype != "float32" and set(found.products) - {"wgmma"}:
         wrong.append(f"{case}: products by {', '.join(found.products)}, not by wgmma alone")
     return wrong
@@ -118,7 +128,8 @@ def compile_case(case: Case) -> Resources:
         return Resources(error=f"{type(error).__name__}: {str(error).strip()[-500:]}")
     seconds = cpu_seconds() - start
     used = nvidia_usage(compiled) if "cubin" in compiled.asm else amd_usage(compiled)
-    return Resources(*used, compiled.metadata.shared, products_of(compiled), seconds)
+    serialized = launch.is_gluon and is_serialized(compiled)
+    return Resources(*used, compiled.metadata.shared, products_of(compiled), serialized, seconds)
 
 
 def cpu_seconds() -> float:
@@ -128,13 +139,27 @@ def cpu_seconds() -> float:
 
 def nvidia_usage(compiled: CompiledKernel) -> tuple[int, int]:
     """Registers and bytes of stack, as the tool that comes with Triton reads them in the binary."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = run_tool("cuobjdump", "--dump-resource-usage", file.name)
     return tuple(int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+
+
+def is_serialized(compiled: CompiledKernel) -> bool:
+    """Whether the assembler says (C75xx) that it had to add waits between asynchronous products."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(compiled.asm["ptx"])
+        architecture = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
+        return "(C75" in run_tool("ptxas", "-v", f"-arch={architecture}", "-o", f"{folder}/kernel.cubin", source)
+
+
+def run_tool(name: str, *arguments: str | Path) -> str:
+    """What one of the tools that come with Triton prints."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([tool, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    return done.stdout
 
 
 def amd_usage(compiled: CompiledKernel) -> tuple[int, int]:
@@ -144,7 +169,7 @@ def amd_usage(compiled: CompiledKernel) -> tuple[int, int]:
 
 
 def products_of(compiled: CompiledKernel) -> tuple[str, ...]:
-    if "tt.dot" not in compiled.asm["ttir"]:
+    if not any(name in compiled.asm[stage] for name, stage in PRODUCTS.items() if stage in compiled.asm):
         return ()
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     return tuple(name for name in INSTRUCTIONS if name in text) or ("fma",)

@@ -30,7 +30,7 @@ class TileTable:
 
     def __init__(self, path: Path):
         self.path = path
-        self._tried: dict[str, Tile] = {}
+        self._tried: dict[str, Tile | None] = {}
 
     @cached_property
     def entries(self) -> Entries:
@@ -44,14 +44,25 @@ class TileTable:
         by_width = by_dtype[dtype_class(dtype)][kernel]
         return Tile(*by_width[str(min(limit for limit in map(int, by_width) if width <= limit))])
 
+    def find_special(self, kernel: str, architecture: str, dtype: torch.dtype, width: int) -> Tile | None:
+        """The tile of a kernel that serves one card and some widths only, or None where another has to do."""
+        if kernel in self._tried:
+            return self._tried[kernel]
+        by_width = self.entries.get(architecture, {}).get(dtype_class(dtype), {}).get(kernel, {})
+        return Tile(*by_width[str(width)]) if str(width) in by_width else None
+
     @contextmanager
-    def trying(self, kernel: str, tile: Tile) -> Iterator[None]:
-        """Inside, ``kernel`` has ``tile`` whatever the table says: for tuning and for looking at a tile's resources."""
+    def trying(self, kernel: str, tile: Tile | None) -> Iterator[None]:
+        """Inside, ``kernel`` has ``tile`` whatever the table says: for tuning and for looking at a tile's resources.
+
+        None takes a special kernel out of use.
+        """
+        before = dict(self._tried)
         self._tried[kernel] = tile
         try:
             yield
         finally:
-            del self._tried[kernel]
+            self._tried = before
 
 
 def dtype_class(dtype: torch.dtype) -> str:

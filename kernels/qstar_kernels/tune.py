@@ -47,15 +47,21 @@ def winner(ranked: Ranked, present: Tile) -> Tile:
     return ranked[0][1]
 
 
-def with_winners(entries: Entries, architecture: str, winners: dict[tuple[str, str, int], Tile]) -> Entries:
-    """The table with ``{(kernel, bits, largest width served): tile}``; a card that it lacks starts from its nearest."""
+def with_winners(entries: Entries, architecture: str, winners: dict[tuple[str, str, int], Tile | None]) -> Entries:
+    """The table with ``{(kernel, bits, largest width served): tile}``; a card that it lacks starts from its nearest.
+
+    None takes an entry out.
+    """
     entries = copy.deepcopy(entries)
     if architecture not in entries:
         entries[architecture] = copy.deepcopy(entries[nearest(architecture)])
     for (kernel, bits, width), tile in winners.items():
-        by_width = entries[architecture][bits][kernel]
-        by_width[str(width)] = [tile.rows, tile.keys, tile.warps, tile.stages]
-        entries[architecture][bits][kernel] = dict(sorted(by_width.items(), key=lambda item: int(item[0])))
+        by_width = entries[architecture][bits].pop(kernel, {})
+        by_width.pop(str(width), None)
+        if tile is not None:
+            by_width[str(width)] = [tile.rows, tile.keys, tile.warps, tile.stages]
+        if by_width:
+            entries[architecture][bits][kernel] = dict(sorted(by_width.items(), key=lambda item: int(item[0])))
     return entries
 
 
@@ -75,12 +81,12 @@ def time_launch(launch: Launch) -> float:
     return do_bench(launch.run, warmup=25, rep=100, return_mode="median")
 
 
-def tune_kernel(op: str, kernel: str, dtype: torch.dtype, shape: NamedTuple, architecture: str) -> Tile:
-    """The winner for one kernel of ``op`` on its ``Shape``; prints the times of all that take part."""
+def rank_tiles(
+    op: str, kernel: str, tiles: Sequence[Tile], dtype: torch.dtype, shape: NamedTuple, architecture: str
+) -> Ranked:
+    """The tiles of one kernel of ``op`` that fit, spill nothing and are right on its ``Shape``."""
     provider = PROVIDERS[op]
     target = architecture if architecture in TARGETS else nearest(architecture)
-    name = str(dtype).removeprefix("torch.")
-    present = provider.TABLE.find(kernel, architecture, dtype, shape.width)
 
     def right(tile: Tile) -> bool:
         with provider.TABLE.trying(kernel, tile), poisoned():
@@ -91,15 +97,42 @@ def tune_kernel(op: str, kernel: str, dtype: torch.dtype, shape: NamedTuple, arc
         with provider.TABLE.trying(kernel, tile):
             return time_launch(provider.build_launch(kernel, architecture, dtype, shape, device="cuda"))
 
-    cases = [Case(op, kernel, target, name, shape.width, tile) for tile in provider.candidates(present)]
+    cases = [Case(op, kernel, target, name_of(dtype), shape.width, tile) for tile in tiles]
     fitting = [case.tile for case, found in measure(cases, os.cpu_count()) if fits(found, SHARED_LIMITS[target])]
     ranked = rank(fitting, time, right)
-    chosen = winner(ranked, present)
-    print(f"\n{kernel}, {name}, width {shape.width}: {len(ranked)} of {len(cases)} candidates ran and were right")
+    shares = f"{len(ranked)} of {len(cases)} candidates ran and were right"
+    print(f"\n{kernel}, {name_of(dtype)}, width {shape.width}: {shares}")
+    return ranked
+
+
+def tune_kernel(
+    op: str, kernel: str, dtype: torch.dtype, shape: NamedTuple, architecture: str
+) -> dict[str, Tile | None]:
+    """The winner for one kernel of ``op`` on its ``Shape``, and for each rival its own if that is faster, else None.
+
+    Prints the times of all that take part.
+    """
+    provider = PROVIDERS[op]
+    present = provider.TABLE.find(kernel, architecture, dtype, shape.width)
+    ranked = rank_tiles(op, kernel, provider.candidates(present), dtype, shape, architecture)
+    winners = {kernel: winner(ranked, present)}
+    show(ranked, present, winners[kernel])
+    for rival, tiles in provider.rivals(kernel, architecture, dtype, shape.width).items():
+        rivals = rank_tiles(op, rival, tiles, dtype, shape, architecture)
+        faster = bool(rivals) and (not ranked or rivals[0][0] < MARGIN * ranked[0][0])
+        winners[rival] = rivals[0][1] if faster else None
+        show(rivals, None, winners[rival])
+    return winners
+
+
+def show(ranked: Ranked, present: Tile | None, chosen: Tile | None) -> None:
     for milliseconds, tile in ranked:
         notes = " (the table's)" * (tile == present) + " (chosen)" * (tile == chosen)
         print(f"{milliseconds:10.3f} ms  {tile.rows}x{tile.keys} w{tile.warps} s{tile.stages}{notes}", flush=True)
-    return chosen
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -138,8 +171,9 @@ def main() -> int:
     for dtype, width, kernel in product(arguments.dtypes, arguments.widths, arguments.kernels):
         kind = getattr(torch, dtype)
         shape = provider.Shape(width, **{field: getattr(arguments, field) for field in provider.Shape._field_defaults})
-        key = kernel, dtype_class(kind), provider.largest_served(width)
-        winners[key] = tune_kernel(arguments.op, kernel, kind, shape, architecture)
+        key = dtype_class(kind), provider.largest_served(width)
+        found = tune_kernel(arguments.op, kernel, kind, shape, architecture)
+        winners |= {(name, *key): tile for name, tile in found.items()}
         torch.cuda.empty_cache()
     if arguments.write:
         arguments.write.write_text(format_table(with_winners(provider.TABLE.entries, architecture, winners)))

@@ -14,7 +14,7 @@ from qstar_kernels.lm_head import fused, linear_log_prob, mix_hidden, sample_lin
 from qstar_kernels.lm_head.logits import LogitMap
 from qstar_kernels.lm_head.tiles import ANY_WIDTH, KERNELS, TABLE, WIDTHS
 
-__all__ = ["KERNELS", "TABLE", "WIDTHS", "Shape", "build_launch", "candidates", "errors", "largest_served"]
+__all__ = ["KERNELS", "TABLE", "WIDTHS", "Shape", "build_launch", "candidates", "errors", "largest_served", "rivals"]
 
 MIXING = ("mix", "mix_gradient", "base_gradient")
 DRAWING = ("weigh_tiles", "draw")
@@ -42,6 +42,11 @@ def candidates(tile: Tile) -> list[Tile]:
     columns = [2**n for n in range(7, 15) if tile.keys <= 4 * 2**n <= 16 * tile.keys]
     others = (replace(tile, keys=keys, warps=warps) for keys, warps in product(columns, (1, 2, 4, 8, 16)))
     return [tile, *(other for other in others if other != tile and other.keys <= 4096 * other.warps)]
+
+
+def rivals(kernel: str, architecture: str, dtype: torch.dtype, width: int) -> dict[str, list[Tile]]:
+    """Kernels for some cards only, as attention has: none."""
+    return {}
 
 
 def build_launch(

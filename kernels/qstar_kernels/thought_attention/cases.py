@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from types import ModuleType
 from typing import NamedTuple
@@ -12,9 +14,10 @@ from torch import Tensor
 from qstar_kernels.launch import Launch, Tile
 from qstar_kernels.thought_attention import composed, fused
 from qstar_kernels.thought_attention.blocks import Rules
-from qstar_kernels.thought_attention.tiles import KERNELS, TABLE, WIDTHS
+from qstar_kernels.thought_attention.hopper import launches as hopper
+from qstar_kernels.thought_attention.tiles import HOPPER_KERNELS, KERNELS, TABLE, WIDTHS
 
-__all__ = ["KERNELS", "TABLE", "WIDTHS", "Shape", "build_launch", "candidates", "errors", "largest_served"]
+__all__ = ["KERNELS", "TABLE", "WIDTHS", "Shape", "build_launch", "candidates", "errors", "largest_served", "rivals"]
 
 
 class Shape(NamedTuple):
@@ -45,6 +48,24 @@ def candidates(tile: Tile) -> list[Tile]:
     return found
 
 
+def rivals(kernel: str, architecture: str, dtype: torch.dtype, width: int) -> dict[str, list[Tile]]:
+    """Kernels that do the same on some cards and widths only, and their tiles to try; faster ones join the table."""
+    rival = f"hopper_{kernel}"
+    if architecture != "sm_90" or dtype.itemsize != 2 or width not in hopper.TILES.get(rival, {}):
+        return {}
+    return {rival: hopper.TILES[rival][width]}
+
+
+@contextmanager
+def otherwise_plain(kernel: str) -> Iterator[None]:
+    """Inside, every kernel but ``kernel`` is one that every card has."""
+    with ExitStack() as stack:
+        for other in HOPPER_KERNELS:
+            if other != kernel:
+                stack.enter_context(TABLE.trying(other, None))
+        yield
+
+
 def every_rule(shape: Shape, dtype: torch.dtype, device: str) -> Rules:
     start = torch.zeros(shape.batch, shape.positions, dtype=torch.int64, device=device)
     sinks = torch.zeros(shape.heads, dtype=dtype, device=device)
@@ -54,8 +75,15 @@ def every_rule(shape: Shape, dtype: torch.dtype, device: str) -> Rules:
 def build_launch(
     kernel: str, architecture: str, dtype: torch.dtype, shape: Shape, *, rules: bool = False, device: str = "meta"
 ) -> Launch:
-    """A launch of one of ``KERNELS`` with ``rules`` or without, in a transformer's layout: heads inside slots."""
+    """A launch of a kernel with ``rules`` or without, in a transformer's layout: heads inside slots."""
+    with otherwise_plain(kernel):
+        launch = build_on(kernel.removeprefix("hopper_"), architecture, dtype, shape, rules, device)
+    if launch.is_gluon != (kernel in HOPPER_KERNELS):
+        raise ValueError(f"kernel is {kernel!r}, but it cannot take rows of {shape.width} values in {dtype} like these")
+    return launch
 
+
+def build_on(kernel: str, architecture: str, dtype: torch.dtype, shape: Shape, rules: bool, device: str) -> Launch:
     def states(heads: int, *cells: int) -> Tensor:
         x = torch.randn(shape.batch, *cells, heads, shape.width, dtype=dtype, device=device)
         return x.movedim(-2, 1)
@@ -94,14 +122,19 @@ def errors(kernel: str, dtype: torch.dtype, width: int, device: str) -> tuple[fl
     """Relative errors of the kernel and of the torch backend on a small shape, both against torch in float64."""
     generator = torch.Generator(device).manual_seed(0)
     shape = small_shape(width)
+    if kernel in HOPPER_KERNELS:
+        shape = shape._replace(heads=8)  # they take groups of a power of two
 
     def random(heads: int) -> Tensor:
         cells = shape.batch, heads, shape.positions, 1 + shape.tokens, width
         return torch.randn(cells, generator=generator, dtype=dtype, device=device)
 
     q, do, k, v = (random(heads) for heads in (shape.heads, shape.heads, shape.kv_heads, shape.kv_heads))
-    exact = results(composed, kernel, *(x.double() for x in (q, do, k, v)))
-    ours, torchs = (results(module, kernel, q, do, k, v) for module in (fused, composed))
+    kind = kernel.removeprefix("hopper_")
+    exact = results(composed, kind, *(x.double() for x in (q, do, k, v)))
+    with otherwise_plain(kernel):
+        ours = results(fused, kind, q, do, k, v)
+    torchs = results(composed, kind, q, do, k, v)
     return distance(ours, exact), distance(torchs, exact)
 
 

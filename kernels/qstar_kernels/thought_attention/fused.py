@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qstar_kernels.launch import Launch, architecture_of, device_refusal, run_all
+from qstar_kernels.launch import Launch, Tile, architecture_of, device_refusal, run_all
 from qstar_kernels.thought_attention.backward import key_gradient_kernel, query_gradient_kernel
 from qstar_kernels.thought_attention.blocks import Rules
 from qstar_kernels.thought_attention.forward import forward_kernel
+from qstar_kernels.thought_attention.hopper import launches as hopper
 from qstar_kernels.thought_attention.step import step_kernel
-from qstar_kernels.thought_attention.tiles import find_tile
+from qstar_kernels.thought_attention.tiles import find_hopper_tile, find_tile
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NARROWEST, WIDEST = 16, 256
@@ -82,7 +83,19 @@ def grid_arguments(q: Tensor, k: Tensor, v: Tensor, rationales: int, rules: Rule
     }
 
 
+def hopper_tile(kernel: str, architecture: str, rationales: int, rules: Rules, q, k, *states: Tensor) -> Tile | None:
+    """The tile of one of ``HOPPER_KERNELS`` if the table has one and the kernel can take this call."""
+    tile = find_hopper_tile(kernel, architecture, q.dtype, q.shape[-1])
+    if tile is None:
+        return None
+    rules = rules.within(q.shape[2], (q.shape[3] - 1) // rationales)
+    return tile if hopper.serves(rules, q.shape[1] // k.shape[1], q, k, *states) else None
+
+
 def forward_launch(q, k, v, rationales: int, rules: Rules, out: Tensor, lse: Tensor, architecture: str) -> Launch:
+    tile = hopper_tile("hopper_forward", architecture, rationales, rules, q, k, v, out)
+    if tile is not None:
+        return hopper.forward_launch(q, k, v, rationales, rules, out, lse, tile)
     shared = grid_arguments(q, k, v, rationales, rules, architecture)
     tile = find_tile("forward", architecture, q.dtype, max(q.shape[-1], v.shape[-1]))
     rows = q.shape[2] * q.shape[3] * shared["GROUP"]
@@ -94,6 +107,9 @@ def forward_launch(q, k, v, rationales: int, rules: Rules, out: Tensor, lse: Ten
 def query_gradient_launch(
     do, out, lse, delta, q, k, v, rationales: int, rules: Rules, dq: Tensor, architecture: str
 ) -> Launch:
+    tile = hopper_tile("hopper_query_gradient", architecture, rationales, rules, q, k, v, do, out, dq)
+    if tile is not None:
+        return hopper.query_gradient_launch(do, out, lse, delta, q, k, v, rationales, rules, dq, tile)
     shared = grid_arguments(q, k, v, rationales, rules, architecture)
     tile = find_tile("query_gradient", architecture, q.dtype, max(q.shape[-1], v.shape[-1]))
     rows = q.shape[2] * q.shape[3] * shared["GROUP"]
@@ -115,6 +131,9 @@ def key_gradient_launch(
     do, lse, delta, q, k, v, rationales: int, rules: Rules, dk: Tensor, dv: Tensor, own: bool, architecture: str
 ) -> Launch:
     """dk and dv [splits, B, Hkv, N, C, ...]; of the own keys, or with C = 1 of the text keys."""
+    tile = None if own else hopper_tile("hopper_text_gradient", architecture, rationales, rules, q, k, v, do)
+    if tile is not None:
+        return hopper.text_gradient_launch(do, lse, delta, q, k, v, rationales, rules, dk, dv, tile)
     shared = grid_arguments(q, k, v, rationales, rules, architecture)
     tile = find_tile("own_gradient" if own else "text_gradient", architecture, q.dtype, max(q.shape[-1], v.shape[-1]))
     keys = q.shape[2] * (q.shape[3] - 1) if own else q.shape[2]
@@ -200,7 +219,10 @@ def backward_launches(do, out, lse, q, k, v, rationales: int, rules: Rules, dq, 
     yield query_gradient_launch(do, out, lse, delta, q, k, v, rationales, rules, dq, architecture)
     if q.shape[3] > 1:
         yield key_gradient_launch(do, lse, delta, q, k, v, rationales, rules, dk[None], dv[None], True, architecture)
-    splits = count_splits(q, k, v, architecture)
+    tile = hopper_tile("hopper_text_gradient", architecture, rationales, rules, q, k, v, do)
+    if tile is None:
+        tile = find_tile("text_gradient", architecture, q.dtype, max(q.shape[-1], v.shape[-1]))
+    splits = count_splits(k, tile)
     text = [x[None, :, :, :, :1] for x in (dk, dv)]
     shares = [x.new_empty(splits, *x.shape[1:], dtype=torch.float32) for x in text] if splits > 1 else text
     yield key_gradient_launch(do, lse, delta, q, k, v, rationales, rules, *shares, False, architecture)
@@ -209,9 +231,8 @@ def backward_launches(do, out, lse, q, k, v, rationales: int, rules: Rules, dq, 
             x[0] = share.sum(0)
 
 
-def count_splits(q: Tensor, k: Tensor, v: Tensor, architecture: str) -> int:
+def count_splits(k: Tensor, tile: Tile) -> int:
     """Into how many shares the rows of a tile of text keys go, so that a small batch keeps the card busy."""
-    tile = find_tile("text_gradient", architecture, q.dtype, max(q.shape[-1], v.shape[-1]))
     programs = k.shape[0] * k.shape[1] * -(-k.shape[2] // tile.keys)
     return min(max(PROGRAMS // programs, 1), MOST_SPLITS)
 

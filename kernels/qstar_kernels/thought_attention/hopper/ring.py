@@ -1,0 +1,96 @@
+"""Words that the Hopper kernels share: rings of tiles in shared memory, and the tiles that some rows need.
+
+One warp, the producer, asks the copy engine for tiles; two warpgroups of 128 threads, the consumers, multiply them.
+A ring has a few places for tiles. Item n of a ring lies in place ``n % places``; the parity of ``n // places`` tells
+a barrier's uses apart. Rows are (cell, query head of the group), the head fastest; cell ``i * slots + c`` is slot c of
+position i. Gluon is Triton's own lower level: the layouts, copies and barriers are spelled out here.
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+class Ring(NamedTuple):
+    """Tiles [places, ...] in shared memory; for each place a barrier: it is full, it may be filled again."""
+
+    tiles: Any
+    full: Any
+    empty: Any
+
+
+class Grid(NamedTuple):
+    """The thought grid: pairs of a sequence and one of its kv_heads key/value heads, each of ``cells`` cells."""
+
+    pairs: Any
+    kv_heads: Any
+    cells: Any
+    slots: Any
+    tokens: Any
+
+
+@gluon.jit
+def make_ring(descriptor, PLACES: gl.constexpr, WRITERS: gl.constexpr, READERS: gl.constexpr):
+    """A ring for tiles that ``descriptor`` copies; WRITERS fill one together, READERS have to let it go."""
+    shape: gl.constexpr = [PLACES] + descriptor.block_type.shape  # noqa: RUF005, since Triton knows no star
+    tiles = gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
+    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(PLACES):
+        mbarrier.init(full.index(place), count=WRITERS)
+        mbarrier.init(empty.index(place), count=READERS)
+    return Ring(tiles, full, empty)
+
+
+@gluon.jit
+def fill(ring, item, descriptor, at):
+    """Copy the tile ``at`` in the tensor of ``descriptor`` into the ring as soon as its place is free."""
+    PLACES: gl.constexpr = ring.tiles.shape[0]
+    full = ring.full.index(item % PLACES)
+    mbarrier.wait(ring.empty.index(item % PLACES), (item // PLACES & 1) ^ 1)
+    mbarrier.expect(full, descriptor.block_type.nbytes)
+    tma.async_copy_global_to_shared(descriptor, at, full, ring.tiles.index(item % PLACES))
+
+
+@gluon.jit
+def await_tile(ring, item, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """The tile [ROWS, WIDTH] in shared memory, once it has arrived."""
+    PLACES: gl.constexpr = ring.tiles.shape[0]
+    mbarrier.wait(ring.full.index(item % PLACES), item // PLACES & 1)
+    return ring.tiles.index(item % PLACES).reshape([ROWS, WIDTH])
+
+
+@gluon.jit
+def release(ring, item, pred=True):
+    """Let the place of ``item`` be filled again; what this warpgroup read there it has read."""
+    PLACES: gl.constexpr = ring.tiles.shape[0]
+    mbarrier.arrive(ring.empty.index(item % PLACES), pred=pred)
+
+
+@gluon.jit
+def query_work(work, grid, CELLS: gl.constexpr, KEYS: gl.constexpr):
+    """Which CELLS cells of which pair of sequence and key/value head are number ``work``, and what they need.
+
+    Returns the pair, the first cell, the first cell that may hold own keys of theirs, and the tiles of KEYS own keys
+    and of KEYS text keys that they meet. The works with the most keys come first.
+    """
+    first = (gl.cdiv(grid.cells, CELLS) - 1 - work // grid.pairs) * CELLS
+    last = gl.minimum(first + CELLS, grid.cells) - 1
+    own_begin = first - gl.maximum(first % grid.slots - 1, 0) % grid.tokens
+    own_tiles = gl.cdiv(last + 1 - own_begin, KEYS)
+    return work % grid.pairs, first, own_begin, own_tiles, gl.cdiv(last // grid.slots + 1, KEYS)
+
+
+@gluon.jit
+def fill_keys(k_ring, v_ring, item, k, v, batch, head, tiles, start, KEYS: gl.constexpr):
+    """Copy ``tiles`` tiles of keys and values from ``start`` on; returns the next item."""
+    for tile in range(tiles):
+        fill(k_ring, item, k, [batch, head, start + tile * KEYS, 0])
+        fill(v_ring, item, v, [batch, head, start + tile * KEYS, 0])
+        item += 1
+    return item
