@@ -40,7 +40,14 @@ def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
     """Attention of q [B, Hq, L, D] over k, v [B, Hkv, S, D], causal without a mask: out and lse [B, Hq, L]."""
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
+    q, k, v = (in_whole_words(x) for x in (q, k, v))
     return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)[:2]
+
+
+def in_whole_words(x: Tensor) -> Tensor:
+    """x, copied unless its rows are whole words of 16 bytes: torch's kernels for GPUs read nothing less."""
+    steps = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
+    return x.clone(memory_format=torch.contiguous_format) if any(step % 16 for step in steps) else x
 
 
 def flash_backward(do, out, lse, q, k, v, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,6 +56,8 @@ def flash_backward(do, out, lse, q, k, v, scale: float, mask: Tensor | None = No
             do, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=scale
         )
     length, seed = q.shape[2], torch.zeros(2, dtype=torch.uint64, device=q.device)
+    q, k, v = (in_whole_words(x) for x in (q, k, v))
+    lse = lse.contiguous()  # its strides are not asked for, those of do and out are
     return aten._scaled_dot_product_flash_attention_backward(
         do, q, k, v, out, lse, None, None, length, length, 0.0, True, seed, seed.new_empty(0), scale=scale
     )
