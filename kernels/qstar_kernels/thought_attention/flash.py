@@ -134,30 +134,41 @@ def rationale_slots(q: Tensor, rationales: int) -> list[slice]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rationales: int, rules: Rules, out: Tensor, lse: Tensor) -> None:
     """Fill out [B, Hq, N, C, D] and lse [B, Hq, N, C]."""
+    rounded, out = out, accumulator(out, lse)
     attend_text(q, k[..., 0, :].contiguous(), v[..., 0, :].contiguous(), rules.scale, out, lse)
     for here in rationale_slots(q, rationales):
         mine, mine_lse = flash(own(q, here), own(k, here), own(v, here), rules.scale)
         mine, mine_lse = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in (mine, mine_lse))
-        merge(out[..., here, :], lse[..., here], mine, mine_lse)
+        merge(out[..., here, :], lse[..., here], mine.to(lse.dtype), mine_lse)
     if rules.sinks is not None:
         add_sinks(out, lse, rules.sinks)
+    if out is not rounded:
+        rounded.copy_(out)
 
 
 def attend_step(q, k_text, v_text, k_own, v_own, rules: Rules, out: Tensor, lse: Tensor) -> None:
     """Fill out [B, Hq, N, r, D] and lse [B, Hq, N, r]; a query's own key is the last of k_own [B, Hkv, N, r, t, D]."""
+    rounded, out = out, accumulator(out, lse)
     attend_text_by_slot(q, k_text, v_text, rules.scale, out, lse)
     kv_heads = k_text.shape[1]
-    scores = (grouped(q, kv_heads) * rules.scale) @ k_own.mT
+    scores = (grouped(q, kv_heads).to(lse.dtype) * rules.scale) @ k_own.to(lse.dtype).mT
     mine_lse = scores.logsumexp(dim=-1)
-    mine = scores.sub_(mine_lse[..., None]).exp_() @ v_own
+    mine = scores.sub_(mine_lse[..., None]).exp_() @ v_own.to(lse.dtype)
     merge(grouped(out, kv_heads), grouped(lse[..., None], kv_heads)[..., 0], mine, mine_lse)
     if rules.sinks is not None:
         add_sinks(out, lse, rules.sinks)
+    if out is not rounded:
+        rounded.copy_(out)
+
+
+def accumulator(x: Tensor, lse: Tensor) -> Tensor:
+    """Room for what x is the sum of, in the dtype of lse: x itself where that is its own."""
+    return x if x.dtype == lse.dtype else torch.empty_like(x, dtype=lse.dtype)
 
 
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Add a part's keys to out [..., D] and lse [...]."""
-    out.lerp_(part, torch.sigmoid(part_lse - lse)[..., None].to(out.dtype))
+    """Add a part's keys to out [..., D] and lse [...], all of one dtype."""
+    out.lerp_(part, torch.sigmoid(part_lse - lse)[..., None])
     lse.copy_(torch.logaddexp(lse, part_lse))
 
 
@@ -170,6 +181,7 @@ def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
 
 def attend_backward(do, out, lse, q, k, v, rationales: int, rules: Rules, dq, dk, dv) -> None:
     """Fill dq, dk and dv."""
+    rounded, dq = dq, accumulator(dq, lse)
     k_text, v_text = k[..., 0, :].contiguous(), v[..., 0, :].contiguous()
     dk[..., 0, :], dv[..., 0, :] = attend_text_backward(do, out, lse, q, k_text, v_text, rules.scale, dq)
     for here in rationale_slots(q, rationales):
@@ -177,3 +189,5 @@ def attend_backward(do, out, lse, q, k, v, rationales: int, rules: Rules, dq, dk
         mine = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in grads)
         dq_own, dk[..., here, :], dv[..., here, :] = mine
         dq[..., here, :] += dq_own
+    if dq is not rounded:
+        rounded.copy_(dq)
