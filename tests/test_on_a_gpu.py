@@ -73,6 +73,7 @@ def test_the_step_goes_into_a_graph():
     step = torch.zeros((), dtype=torch.int64, device="cuda")
     with torch.no_grad():
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # else the kernel may meet a step that is not yet 0
         with torch.cuda.stream(stream):
             thought_attention_step(*inputs, step)
         torch.cuda.current_stream().wait_stream(stream)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qstar_kernels import thought_attention
 from qstar_kernels.testing import (
@@ -17,6 +18,7 @@ from qstar_kernels.testing import (
 )
 
 blocks = import_module("qstar_kernels.thought_attention.blocks")
+flash = import_module("qstar_kernels.thought_attention.flash")
 registered = import_module("qstar_kernels.thought_attention.registered")
 
 SHAPES = {
@@ -112,6 +114,45 @@ def test_expanded_and_sliced_tensors(rules):
     assert_same(inputs._replace(q=every_other[0], k=every_other[1], v=every_other[2]))
     shared = inputs.k[:, :, :1].detach().expand_as(inputs.k).requires_grad_()
     assert_same(inputs._replace(k=shared))
+
+
+class GpuCalls(TorchDispatchMode):
+    """The tensors that torch's flash attention for GPUs is given, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "dot_product_flash" in func.name():
+            names = (argument.name for argument in func._schema.arguments)
+            self.given += [(name, x) for name, x in zip(names, args, strict=False) if isinstance(x, torch.Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", [{}, {"batch": 1}, {"heads": 1, "kv_heads": 1}, {"tokens": 0}], ids=str)
+@pytest.mark.parametrize("room", [0, 1])
+def test_what_flash_attention_on_a_gpu_reads(case, room):
+    """Its kernels take the log-sum-exp to be contiguous and read rows 16 bytes at a time, whatever the strides."""
+    case = AttentionCase(width=16, value_width=16)._replace(**case)
+    shape = (case.batch, case.heads, case.positions, case.slots, 16)
+
+    def states(heads):
+        x = torch.empty(case.batch, heads, *shape[2:4], 16 + room, dtype=torch.bfloat16, device="meta")
+        return x[..., room:]
+
+    q, do, dq, k, v, dk, dv = (states(heads) for heads in 3 * [case.heads] + 4 * [case.kv_heads])
+    out, lse = torch.empty(shape, dtype=q.dtype, device="meta"), torch.empty(shape[:-1], device="meta")
+    rules = blocks.Rules(0.25)
+    with GpuCalls() as calls:
+        flash.attend(q, k, v, 1, rules, out, lse)
+        flash.attend_backward(do, out, lse, q, k, v, 1, rules, dq, dk, dv)
+    assert {"query", "key", "value", "logsumexp"} <= {name for name, _ in calls.given}
+    for name, x in calls.given:
+        if name == "logsumexp":
+            assert x.is_contiguous()
+        elif name in ("query", "key", "value"):
+            assert all(stride % 8 == 0 for stride in x.stride()[:-1]), (name, x.shape, x.stride())
 
 
 def test_output_is_laid_out_as_the_input():

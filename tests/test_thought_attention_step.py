@@ -6,9 +6,10 @@ import torch
 from torch.autograd import gradcheck
 
 from qstar_kernels import thought_attention, thought_attention_step
-from qstar_kernels.testing import AttentionCase, assert_close, attention_inputs
+from qstar_kernels.testing import AttentionCase, assert_close, attention_inputs, relative_error
 
 blocks = import_module("qstar_kernels.thought_attention.blocks")
+flash = import_module("qstar_kernels.thought_attention.flash")
 
 RULES = [
     {"window": window, "softcap": softcap, "sinks": sinks, "text_start": start}
@@ -91,6 +92,21 @@ def test_rounding_stays_within_the_rule(dtype):
     out = thought_attention_step(*arguments, **rules)
     assert out.dtype == dtype
     assert_close(out, thought_attention_step(*exact, 3, **rules, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rounding_with_flash_attention_as_on_a_gpu(monkeypatch, dtype, sinks):
+    """Which rounds the text's part; what joins it must not add to that. On a CPU 16 bits go by blocks."""
+    monkeypatch.setattr(flash, "expressible", lambda q, v, rules: True)
+    case = AttentionCase(positions=61, rationales=2, tokens=5, width=32, value_width=32, sinks=sinks)
+    inputs = attention_inputs(case, dtype)
+    arguments, rules, _ = step_inputs(case, inputs, 61, 3, 0.0)
+    exact = [x.double() for x in arguments[:5]]
+    out, lse = thought_attention_step(*arguments, **rules, return_lse=True)
+    expected, expected_lse = thought_attention_step(*exact, 3, **rules, return_lse=True, backend="reference")
+    assert_close(out, expected)
+    assert relative_error(lse, expected_lse) < 1e-5
 
 
 def test_step_may_be_a_tensor():

@@ -110,7 +110,9 @@ def _kind(value: Any, general: bool = False) -> str | tuple[str, ...]:
 
 
 def _aligned(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, int) and value != 1 and value % 16 == 0)
+    if isinstance(value, Tensor):
+        return value.data_ptr() % 16 == 0
+    return isinstance(value, int) and value != 1 and value % 16 == 0
 
 
 def architecture_of(device: torch.device) -> str:

@@ -40,7 +40,14 @@ def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
     """Attention of q [B, Hq, L, D] over k, v [B, Hkv, S, D], causal without a mask: out and lse [B, Hq, L]."""
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
+    q, k, v = (in_whole_words(x) for x in (q, k, v))
     return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)[:2]
+
+
+def in_whole_words(x: Tensor) -> Tensor:
+    """x, copied unless its rows are whole words of 16 bytes: torch's kernels for GPUs read nothing less."""
+    steps = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
+    return x.clone(memory_format=torch.contiguous_format) if any(step % 16 for step in steps) else x
 
 
 def flash_backward(do, out, lse, q, k, v, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,6 +56,8 @@ def flash_backward(do, out, lse, q, k, v, scale: float, mask: Tensor | None = No
             do, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=scale
         )
     length, seed = q.shape[2], torch.zeros(2, dtype=torch.uint64, device=q.device)
+    q, k, v = (in_whole_words(x) for x in (q, k, v))
+    lse = lse.contiguous()  # its strides are not asked for, those of do and out are
     return aten._scaled_dot_product_flash_attention_backward(
         do, q, k, v, out, lse, None, None, length, length, 0.0, True, seed, seed.new_empty(0), scale=scale
     )
@@ -125,30 +134,41 @@ def rationale_slots(q: Tensor, rationales: int) -> list[slice]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rationales: int, rules: Rules, out: Tensor, lse: Tensor) -> None:
     """Fill out [B, Hq, N, C, D] and lse [B, Hq, N, C]."""
+    rounded, out = out, accumulator(out, lse)
     attend_text(q, k[..., 0, :].contiguous(), v[..., 0, :].contiguous(), rules.scale, out, lse)
     for here in rationale_slots(q, rationales):
         mine, mine_lse = flash(own(q, here), own(k, here), own(v, here), rules.scale)
         mine, mine_lse = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in (mine, mine_lse))
-        merge(out[..., here, :], lse[..., here], mine, mine_lse)
+        merge(out[..., here, :], lse[..., here], mine.to(lse.dtype), mine_lse)
     if rules.sinks is not None:
         add_sinks(out, lse, rules.sinks)
+    if out is not rounded:
+        rounded.copy_(out)
 
 
 def attend_step(q, k_text, v_text, k_own, v_own, rules: Rules, out: Tensor, lse: Tensor) -> None:
     """Fill out [B, Hq, N, r, D] and lse [B, Hq, N, r]; a query's own key is the last of k_own [B, Hkv, N, r, t, D]."""
+    rounded, out = out, accumulator(out, lse)
     attend_text_by_slot(q, k_text, v_text, rules.scale, out, lse)
     kv_heads = k_text.shape[1]
-    scores = (grouped(q, kv_heads) * rules.scale) @ k_own.mT
+    scores = (grouped(q, kv_heads).to(lse.dtype) * rules.scale) @ k_own.to(lse.dtype).mT
     mine_lse = scores.logsumexp(dim=-1)
-    mine = scores.sub_(mine_lse[..., None]).exp_() @ v_own
+    mine = scores.sub_(mine_lse[..., None]).exp_() @ v_own.to(lse.dtype)
     merge(grouped(out, kv_heads), grouped(lse[..., None], kv_heads)[..., 0], mine, mine_lse)
     if rules.sinks is not None:
         add_sinks(out, lse, rules.sinks)
+    if out is not rounded:
+        rounded.copy_(out)
+
+
+def accumulator(x: Tensor, lse: Tensor) -> Tensor:
+    """Room for what x is the sum of, in the dtype of lse: x itself where that is its own."""
+    return x if x.dtype == lse.dtype else torch.empty_like(x, dtype=lse.dtype)
 
 
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Add a part's keys to out [..., D] and lse [...]."""
-    out.lerp_(part, torch.sigmoid(part_lse - lse)[..., None].to(out.dtype))
+    """Add a part's keys to out [..., D] and lse [...], all of one dtype."""
+    out.lerp_(part, torch.sigmoid(part_lse - lse)[..., None])
     lse.copy_(torch.logaddexp(lse, part_lse))
 
 
@@ -161,6 +181,7 @@ def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
 
 def attend_backward(do, out, lse, q, k, v, rationales: int, rules: Rules, dq, dk, dv) -> None:
     """Fill dq, dk and dv."""
+    rounded, dq = dq, accumulator(dq, lse)
     k_text, v_text = k[..., 0, :].contiguous(), v[..., 0, :].contiguous()
     dk[..., 0, :], dv[..., 0, :] = attend_text_backward(do, out, lse, q, k_text, v_text, rules.scale, dq)
     for here in rationale_slots(q, rationales):
@@ -168,3 +189,5 @@ def attend_backward(do, out, lse, q, k, v, rationales: int, rules: Rules, dq, dk
         mine = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in grads)
         dq_own, dk[..., here, :], dv[..., here, :] = mine
         dq[..., here, :] += dq_own
+    if dq is not rounded:
+        rounded.copy_(dq)
