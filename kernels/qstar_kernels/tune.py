@@ -1,8 +1,8 @@
 """``python -m qstar_kernels.tune``: time tiles near those of a table on the GPU at hand, and say which is fastest.
 
-A tile takes part if it compiles, fits the card, spills nothing and is right. ``--op`` says whose table it is, and with
-that which options there are. ``--write FILE`` writes the table with the winners in it; a person looks at it, times a
-whole training step with it, and copies it over the package's own.
+A tile takes part if it compiles, fits the card and spills nothing, and wins if it is right as well. ``--op`` says whose
+table it is, and with that which options there are. ``--write FILE`` writes the table with the winners in it after every
+kernel; a person looks at it, times a whole training step with it, and copies it over the package's own.
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ def fits(found: Resources, limit: int) -> bool:
     return found.error is None and found.spilled == 0 and found.shared <= limit
 
 
-def rank(tiles: Iterable[Tile], time: Callable[[Tile], float], right: Callable[[Tile], bool]) -> Ranked:
-    """The tiles that are right, the fastest first."""
-    return sorted(((time(tile), tile) for tile in tiles if right(tile)), key=lambda pair: pair[0])
+def rank(tiles: Iterable[Tile], time: Callable[[Tile], float]) -> Ranked:
+    """The tiles, the fastest first."""
+    return sorted(((time(tile), tile) for tile in tiles), key=lambda pair: pair[0])
 
 
-def winner(ranked: Ranked, present: Tile) -> Tile:
-    """The fastest, or ``present`` if it is about as fast or nothing ran."""
+def winner(ranked: Ranked, present: Tile, right: Callable[[Tile], bool]) -> Tile:
+    """The fastest that is right, or ``present`` if it is about as fast or none is.
+
+    Only those that could win are asked whether they are right: each that is has to be compiled once more.
+    """
     times = {tile: time for time, tile in ranked}
-    if not ranked or times.get(present, float("inf")) * MARGIN <= ranked[0][0]:
-        return present
-    return ranked[0][1]
+    faster = (tile for time, tile in ranked if time < times.get(present, float("inf")) * MARGIN)
+    return next(filter(right, faster), present)
 
 
 def with_winners(entries: Entries, architecture: str, winners: dict[tuple[str, str, int], Tile]) -> Entries:
@@ -93,9 +95,9 @@ def tune_kernel(op: str, kernel: str, dtype: torch.dtype, shape: NamedTuple, arc
 
     cases = [Case(op, kernel, target, name, shape.width, tile) for tile in provider.candidates(present)]
     fitting = [case.tile for case, found in measure(cases, os.cpu_count()) if fits(found, SHARED_LIMITS[target])]
-    ranked = rank(fitting, time, right)
-    chosen = winner(ranked, present)
-    print(f"\n{kernel}, {name}, width {shape.width}: {len(ranked)} of {len(cases)} candidates ran and were right")
+    ranked = rank(fitting, time)
+    chosen = winner(ranked, present, right)
+    print(f"\n{kernel}, {name}, width {shape.width}: {len(ranked)} of {len(cases)} candidates fit and ran")
     for milliseconds, tile in ranked:
         notes = " (the table's)" * (tile == present) + " (chosen)" * (tile == chosen)
         print(f"{milliseconds:10.3f} ms  {tile.rows}x{tile.keys} w{tile.warps} s{tile.stages}{notes}", flush=True)
@@ -141,8 +143,8 @@ def main() -> int:
         key = kernel, dtype_class(kind), provider.largest_served(width)
         winners[key] = tune_kernel(arguments.op, kernel, kind, shape, architecture)
         torch.cuda.empty_cache()
-    if arguments.write:
-        arguments.write.write_text(format_table(with_winners(provider.TABLE.entries, architecture, winners)))
+        if arguments.write:
+            arguments.write.write_text(format_table(with_winners(provider.TABLE.entries, architecture, winners)))
     return 0
 
 
