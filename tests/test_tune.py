@@ -59,12 +59,21 @@ def test_what_spills_or_does_not_fit_takes_no_part(found, fit):
 def test_the_fastest_that_is_right_wins_by_a_margin():
     fast, wrong, close = Tile(128, 32, 8, 2), Tile(16, 32, 8, 2), Tile(64, 16, 8, 2)
     times = {PRESENT: 1.0, fast: 0.9, wrong: 0.1, close: 0.99}
-    ranked = tune.rank(times, times.get, lambda tile: tile != wrong)
-    assert ranked == [(0.9, fast), (0.99, close), (1.0, PRESENT)]
-    assert tune.winner(ranked, PRESENT) == fast
-    assert tune.winner(ranked[1:], PRESENT) == PRESENT
-    assert tune.winner(ranked[:2], PRESENT) == fast
-    assert tune.winner([], PRESENT) == PRESENT
+    asked = []
+
+    def right(tile):
+        asked.append(tile)
+        return tile != wrong
+
+    ranked = tune.rank(times, times.get)
+    assert ranked == [(0.1, wrong), (0.9, fast), (0.99, close), (1.0, PRESENT)]
+    assert tune.winner(ranked, PRESENT, right, 1.0) == fast
+    assert asked == [wrong, fast]
+    assert tune.winner(ranked[2:], PRESENT, right, 1.0) == PRESENT and asked == [wrong, fast]
+    assert tune.winner(ranked[:3], PRESENT, right, float("inf")) == fast
+    assert tune.winner(ranked[:1], PRESENT, right, float("inf")) == PRESENT
+    assert tune.winner([], PRESENT, right, float("inf")) == PRESENT
+    assert tune.winner(ranked, None, right, 0.9) is None
 
 
 @pytest.mark.parametrize("op, kernel", [("thought_attention", "forward"), ("lm_head", "score")])
@@ -86,19 +95,20 @@ def test_a_kernel_is_tuned_with_the_tile_that_is_tried(monkeypatch, capsys, op, 
 
     present = table_tile()
     candidates = provider.candidates(present)
-    narrowest = min(tile.keys for tile in candidates)
+    widest = max(tile.keys for tile in candidates)
+    wrong = next(tile for tile in candidates if tile.keys == widest and tile.warps != 4)
     build = provider.build_launch
     monkeypatch.setattr(tune, "measure", measure)
     monkeypatch.setattr(tune, "time_launch", time_launch)
     monkeypatch.setattr(provider, "build_launch", lambda *a, **k: build(*a, **k | {"device": "meta"}))
-    monkeypatch.setattr(provider, "errors", lambda *a: (float("nan") if table_tile().keys == narrowest else 1.0, 1.0))
+    monkeypatch.setattr(provider, "errors", lambda *a: (float("nan") if table_tile() == wrong else 1.0, 1.0))
 
     monkeypatch.setattr(provider, "rivals", lambda *a: {})
     winners = tune.tune_kernel(op, kernel, torch.bfloat16, provider.Shape(128), "sm_90")
     chosen = winners[kernel]
     assert winners.keys() == {kernel}
-    assert tried == [tile for tile in candidates if tile.warps != 4 and tile.keys > narrowest]
-    assert chosen.keys == max(tile.keys for tile in candidates) > present.keys
+    assert tried == [tile for tile in candidates if tile.warps != 4]
+    assert chosen.keys == widest > present.keys and chosen != wrong
     assert table_tile() == present
     assert "(the table's)" in capsys.readouterr().out
 
@@ -134,6 +144,31 @@ def test_a_rival_joins_and_leaves_the_table(tmp_path):
     with table.trying("hopper_forward", None):
         assert table.find_special("hopper_forward", "sm_90", torch.bfloat16, 128) is None
     assert tune.with_winners(entries, "sm_90", {key: None}) == ATTENTION.TABLE.entries
+
+
+def test_the_table_is_written_after_every_kernel(tmp_path, monkeypatch, capsys):
+    """What a run found is there when it is ended for time."""
+    path = tmp_path / "tiles.json"
+
+    def tune_kernel(op, kernel, *_):
+        if kernel == "step":
+            raise KeyboardInterrupt
+        return {kernel: PRESENT}
+
+    monkeypatch.setattr(tune, "INTERPRETED", False)
+    monkeypatch.setattr(tune, "architecture_of", lambda _: "sm_90")
+    monkeypatch.setattr(tune, "tune_kernel", tune_kernel)
+    for name in ("is_available", "get_device_name", "empty_cache"):
+        monkeypatch.setattr(tune.torch.cuda, name, lambda: "a card")
+    command = ["tune", "--dtypes", "bfloat16", "--widths", "128", "--kernels", "forward", "step", "--write", str(path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main()
+    table = tile_table.TileTable(path)
+    assert table.find("forward", "sm_90", torch.bfloat16, 128) == PRESENT
+    assert table.find("step", "sm_90", torch.bfloat16, 128) == ATTENTION.TABLE.find(
+        "step", "sm_90", torch.bfloat16, 128
+    )
 
 
 def test_winners_join_the_table_of_their_card(tmp_path):

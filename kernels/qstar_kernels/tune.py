@@ -1,8 +1,8 @@
 """``python -m qstar_kernels.tune``: time tiles near those of a table on the GPU at hand, and say which is fastest.
 
-A tile takes part if it compiles, fits the card, spills nothing and is right. ``--op`` says whose table it is, and with
-that which options there are. ``--write FILE`` writes the table with the winners in it; a person looks at it, times a
-whole training step with it, and copies it over the package's own.
+A tile takes part if it compiles, fits the card and spills nothing, and wins if it is right as well. ``--op`` says whose
+table it is, and with that which options there are. ``--write FILE`` writes the table with the winners in it after every
+kernel; a person looks at it, times a whole training step with it, and copies it over the package's own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -34,17 +35,18 @@ def fits(found: Resources, limit: int) -> bool:
     return found.error is None and found.spilled == 0 and found.shared <= limit
 
 
-def rank(tiles: Iterable[Tile], time: Callable[[Tile], float], right: Callable[[Tile], bool]) -> Ranked:
-    """The tiles that are right, the fastest first."""
-    return sorted(((time(tile), tile) for tile in tiles if right(tile)), key=lambda pair: pair[0])
+def rank(tiles: Iterable[Tile], time: Callable[[Tile], float]) -> Ranked:
+    """The tiles, the fastest first."""
+    return sorted(((time(tile), tile) for tile in tiles), key=lambda pair: pair[0])
 
 
-def winner(ranked: Ranked, present: Tile) -> Tile:
-    """The fastest, or ``present`` if it is about as fast or nothing ran."""
-    times = {tile: time for time, tile in ranked}
-    if not ranked or times.get(present, float("inf")) * MARGIN <= ranked[0][0]:
-        return present
-    return ranked[0][1]
+def winner(ranked: Ranked, present: Tile | None, right: Callable[[Tile], bool], to_beat: float) -> Tile | None:
+    """The fastest that is right and beats ``to_beat`` milliseconds by a margin, or ``present`` if none does.
+
+    Only those that could win are asked whether they are right: each that is has to be compiled once more.
+    """
+    faster = (tile for time, tile in ranked if time < to_beat * MARGIN)
+    return next(filter(right, faster), present)
 
 
 def with_winners(entries: Entries, architecture: str, winners: dict[tuple[str, str, int], Tile | None]) -> Entries:
@@ -81,30 +83,6 @@ def time_launch(launch: Launch) -> float:
     return do_bench(launch.run, warmup=25, rep=100, return_mode="median")
 
 
-def rank_tiles(
-    op: str, kernel: str, tiles: Sequence[Tile], dtype: torch.dtype, shape: NamedTuple, architecture: str
-) -> Ranked:
-    """The tiles of one kernel of ``op`` that fit, spill nothing and are right on its ``Shape``."""
-    provider = PROVIDERS[op]
-    target = architecture if architecture in TARGETS else nearest(architecture)
-
-    def right(tile: Tile) -> bool:
-        with provider.TABLE.trying(kernel, tile), poisoned():
-            ours, torchs = provider.errors(kernel, dtype, shape.width, "cuda")
-        return ours <= WORST * torchs
-
-    def time(tile: Tile) -> float:
-        with provider.TABLE.trying(kernel, tile):
-            return time_launch(provider.build_launch(kernel, architecture, dtype, shape, device="cuda"))
-
-    cases = [Case(op, kernel, target, name_of(dtype), shape.width, tile) for tile in tiles]
-    fitting = [case.tile for case, found in measure(cases, os.cpu_count()) if fits(found, SHARED_LIMITS[target])]
-    ranked = rank(fitting, time, right)
-    shares = f"{len(ranked)} of {len(cases)} candidates ran and were right"
-    print(f"\n{kernel}, {name_of(dtype)}, width {shape.width}: {shares}")
-    return ranked
-
-
 def tune_kernel(
     op: str, kernel: str, dtype: torch.dtype, shape: NamedTuple, architecture: str
 ) -> dict[str, Tile | None]:
@@ -114,21 +92,44 @@ def tune_kernel(
     """
     provider = PROVIDERS[op]
     present = provider.TABLE.find(kernel, architecture, dtype, shape.width)
-    ranked = rank_tiles(op, kernel, provider.candidates(present), dtype, shape, architecture)
-    winners = {kernel: winner(ranked, present)}
-    show(ranked, present, winners[kernel])
-    for rival, tiles in provider.rivals(kernel, architecture, dtype, shape.width).items():
-        rivals = rank_tiles(op, rival, tiles, dtype, shape, architecture)
-        faster = bool(rivals) and (not ranked or rivals[0][0] < MARGIN * ranked[0][0])
-        winners[rival] = rivals[0][1] if faster else None
-        show(rivals, None, winners[rival])
+    entrants = {kernel: provider.candidates(present)} | provider.rivals(kernel, architecture, dtype, shape.width)
+    winners, to_beat = {}, None
+    for name, tiles in entrants.items():
+        ranked = rank_tiles(op, name, tiles, dtype, shape, architecture)
+        times = {tile: time for time, tile in ranked}
+        before = present if name == kernel else None
+        to_beat = times.get(present, float("inf")) if name == kernel else to_beat
+        winners[name] = winner(ranked, before, partial(is_right, op, name, dtype, shape.width), to_beat)
+        to_beat = times.get(winners[name], to_beat)
+        print(f"\n{name}, {name_of(dtype)}, width {shape.width}: {len(ranked)} of {len(tiles)} candidates fit and ran")
+        for milliseconds, tile in ranked:
+            notes = " (the table's)" * (tile == before) + " (chosen)" * (tile == winners[name])
+            print(f"{milliseconds:10.3f} ms  {tile.rows}x{tile.keys} w{tile.warps} s{tile.stages}{notes}", flush=True)
     return winners
 
 
-def show(ranked: Ranked, present: Tile | None, chosen: Tile | None) -> None:
-    for milliseconds, tile in ranked:
-        notes = " (the table's)" * (tile == present) + " (chosen)" * (tile == chosen)
-        print(f"{milliseconds:10.3f} ms  {tile.rows}x{tile.keys} w{tile.warps} s{tile.stages}{notes}", flush=True)
+def rank_tiles(
+    op: str, kernel: str, tiles: Sequence[Tile], dtype: torch.dtype, shape: NamedTuple, architecture: str
+) -> Ranked:
+    """The tiles of one kernel of ``op`` that fit and spill nothing, by their time on its ``Shape``."""
+    provider = PROVIDERS[op]
+    target = architecture if architecture in TARGETS else nearest(architecture)
+
+    def time(tile: Tile) -> float:
+        with provider.TABLE.trying(kernel, tile):
+            return time_launch(provider.build_launch(kernel, architecture, dtype, shape, device="cuda"))
+
+    cases = [Case(op, kernel, target, name_of(dtype), shape.width, tile) for tile in tiles]
+    fitting = [case.tile for case, found in measure(cases, os.cpu_count()) if fits(found, SHARED_LIMITS[target])]
+    return rank(fitting, time)
+
+
+def is_right(op: str, kernel: str, dtype: torch.dtype, width: int, tile: Tile) -> bool:
+    """Whether a kernel with ``tile`` is about as exact as the torch backend."""
+    provider = PROVIDERS[op]
+    with provider.TABLE.trying(kernel, tile), poisoned():
+        ours, torchs = provider.errors(kernel, dtype, width, "cuda")
+    return ours <= WORST * torchs
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -175,8 +176,8 @@ def main() -> int:
         found = tune_kernel(arguments.op, kernel, kind, shape, architecture)
         winners |= {(name, *key): tile for name, tile in found.items()}
         torch.cuda.empty_cache()
-    if arguments.write:
-        arguments.write.write_text(format_table(with_winners(provider.TABLE.entries, architecture, winners)))
+        if arguments.write:
+            arguments.write.write_text(format_table(with_winners(provider.TABLE.entries, architecture, winners)))
     return 0
 
 
