@@ -3,6 +3,7 @@
 Triton's own way to a kernel up to the compiler, with a driver for a card that is not there.
 """
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -16,6 +17,8 @@ from qstar_kernels.testing import AttentionCase, attention_inputs
 
 triton = pytest.importorskip("triton")
 launch = import_module("qstar_kernels.launch")
+tiles = import_module("qstar_kernels.thought_attention.tiles")
+hopper = import_module("qstar_kernels.thought_attention.hopper.launches")
 JITFunction = import_module("triton.runtime.jit").JITFunction
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,6 +27,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @cache
 def jitted(kernel):
     """The kernel as a card would get it, and nothing that it has been through: the interpreter has wrapped it."""
+    if isinstance(kernel, launch.GluonJITFunction):
+        return launch.GluonJITFunction(kernel.fn)
     options = getattr(kernel, "kwargs", None) or vars(kernel)
     return JITFunction(kernel.fn, do_not_specialize=options["do_not_specialize"])
 
@@ -92,6 +97,20 @@ def test_attention(compared, case, change, dtype):
     torch.autograd.grad(out.sum(), (q, k, v))
     own = ["key_gradient_kernel"] * (case.tokens > 0)
     assert compared == ["forward_kernel", "query_gradient_kernel", *own, "key_gradient_kernel"]
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 15])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_attention_for_hopper(compared, dtype, tokens):
+    inputs = attention_inputs(SMALL._replace(batch=2, tokens=tokens, positions=16), dtype)
+    q, k, v = (x.detach().to(DEVICE).requires_grad_() for x in inputs[:3])
+    with ExitStack() as stack:
+        for kernel, by_width in hopper.TILES.items():
+            stack.enter_context(tiles.TABLE.trying(kernel, by_width[64][0]))
+        out = thought_attention(q, k, v, backend="triton")
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    own = ["key_gradient_kernel"] * (tokens > 0)
+    assert compared == ["forward_kernel", "query_gradient_kernel", *own, "text_gradient_kernel"]
 
 
 @pytest.mark.parametrize("case", [SMALL, EVERY_RULE, ONE], ids=["plain", "every rule", "nothing but 1"])
