@@ -10,6 +10,7 @@ reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 
 import pytest
@@ -18,7 +19,18 @@ from attention_cases import Grid, Work
 from attention_peers import packed_peers, step_peers
 from device_limits import Limits
 from paired import Call
-from results_file import DTYPE, Job, Peer, limits_of, measure_peers, parse_options, report, run, this_device
+from results_file import (
+    DTYPE,
+    Job,
+    Peer,
+    Unsupported,
+    limits_of,
+    measure_peers,
+    parse_options,
+    report,
+    run,
+    this_device,
+)
 from torch import Tensor
 
 from qstar_kernels import thought_attention, thought_attention_step
@@ -68,7 +80,22 @@ def contenders(work: Work, device: torch.device) -> list[Peer]:
     mine = [Peer("ours", ours(work, "auto"))]
     if device.type != "cpu":
         mine.append(Peer("ours_torch", ours(work, "torch")))
+    if device.type == "cuda" and work.kind != "step" and torch.cuda.get_device_capability(device) == (9, 0):
+        mine += [Peer(name, ours(work, "triton")) for name in ("ours_triton", "ours_hopper")]
     return mine + (step_peers(device) if work.kind == "step" else packed_peers(device))
+
+
+def kernels_of(peer: Peer, work: Work) -> AbstractContextManager:
+    """Inside, a contender's kernels are the ones that it is named after; else those that the table of tiles chooses."""
+    if peer.name not in ("ours_triton", "ours_hopper"):
+        return nullcontext()
+    from qstar_kernels.thought_attention import cases  # with Triton, which is not everywhere
+
+    if peer.name == "ours_triton":
+        return cases.otherwise_plain("")
+    if work.case.width not in cases.hopper.TILES["hopper_forward"]:
+        raise Unsupported(f"the Hopper kernels do not take rows of {work.case.width} values")
+    return cases.all_for_hopper(work.case.width)
 
 
 def prepare(peer: Peer, work: Work, grid: Grid) -> Call:
@@ -84,12 +111,13 @@ def prepare(peer: Peer, work: Work, grid: Grid) -> Call:
         attend = peer.prepare(*inputs)
 
     def forward():
-        with torch.no_grad():
+        with torch.no_grad(), kernels_of(peer, work):
             return (attend(*inputs),)
 
     def forward_backward():
-        out = attend(*inputs)
-        return (out, *torch.autograd.grad(out, grid.leaves, grid.do))
+        with kernels_of(peer, work):
+            out = attend(*inputs)
+            return (out, *torch.autograd.grad(out, grid.leaves, grid.do))
 
     return forward_backward if work.kind == "forward_backward" else forward
 

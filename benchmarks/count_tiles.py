@@ -1,6 +1,6 @@
 """How many query-key pairs the attention kernels multiply for each that counts, by walking their tiles; no GPU needed.
 
-    python benchmarks/count_tiles.py [--architecture sm_90]
+    python benchmarks/count_tiles.py [--architecture sm_90] [--hopper]
 
 A tile of rows meets whole tiles of keys: at the diagonal of the text, and among the own keys, where each position sees
 its own few, some of that is masked away. No kernel with these tiles can be nearer to the matrix rate than the inverse.
@@ -17,6 +17,7 @@ from bench_thought_attention import GPU_CASES
 
 from qstar_kernels.launch import TARGETS, Tile
 from qstar_kernels.testing import AttentionCase
+from qstar_kernels.thought_attention.hopper.launches import TILES
 from qstar_kernels.thought_attention.tiles import find_tile
 
 
@@ -50,25 +51,56 @@ def pairs_by_own_keys(case: AttentionCase, tile: Tile) -> int:
     return pairs
 
 
+def hopper_pairs_by_rows(case: AttentionCase, tile: Tile) -> int:
+    cells, size = case.positions * case.slots, tile.rows // (case.heads // case.kv_heads)
+    pairs = 0
+    for first in range(0, cells, size):
+        last = min(first + size, cells) - 1
+        begin = first - max(first % case.slots - 1, 0) % case.tokens
+        keys = ceil((last + 1 - begin) / tile.keys) + ceil((last // case.slots + 1) / tile.keys)
+        pairs += keys * tile.keys * tile.rows
+    return pairs
+
+
+def hopper_pairs_by_text_keys(case: AttentionCase, tile: Tile) -> int:
+    """Each half of a tile of keys leaves out the rows before it."""
+    cells, size = case.positions * case.slots, tile.rows // (case.heads // case.kv_heads)
+    pairs = 0
+    for first in range(0, case.positions, tile.keys):
+        items = ceil((cells - first * case.slots) / size)
+        for half in (0, tile.keys // 2):
+            pairs += max(items - half * case.slots // size, 0) * tile.rows * tile.keys // 2
+    return pairs
+
+
+def count_pairs(case: AttentionCase, architecture: str, hopper: bool) -> tuple[int, int]:
+    """Pairs that the forward multiplies, and products of pairs in the backward, for a key/value head of a sequence."""
+    names = ("forward", "query_gradient", "text_gradient", "own_gradient")
+    tiles = {name: find_tile(name, architecture, torch.bfloat16, case.width) for name in names}
+    by_rows, by_text_keys = pairs_by_rows, pairs_by_text_keys
+    if hopper:
+        tiles |= {name: TILES[f"hopper_{name}"][case.width][0] for name in names[:3]}
+        by_rows, by_text_keys = hopper_pairs_by_rows, hopper_pairs_by_text_keys
+    by_keys = by_text_keys(case, tiles["text_gradient"]) + pairs_by_own_keys(case, tiles["own_gradient"])
+    return by_rows(case, tiles["forward"]), 3 * by_rows(case, tiles["query_gradient"]) + 4 * by_keys
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pairs multiplied for each pair that counts, and a call's work.")
     parser.add_argument("--architecture", choices=TARGETS, default="sm_90")
-    architecture = parser.parse_args().architecture
+    parser.add_argument("--hopper", action="store_true", help="the Hopper kernels, with the first of their tiles")
+    options = parser.parse_args()
     print("| N | T | D | forward: TFLOP | GB | multiplied / counted | backward: multiplied / counted |")
     print("|---|---|---|---|---|---|---|")
     for case in GPU_CASES:
-        tiles = {
-            name: find_tile(name, architecture, torch.bfloat16, case.width)
-            for name in ("forward", "query_gradient", "text_gradient", "own_gradient")
-        }
+        if options.hopper and case.width not in TILES["hopper_forward"]:
+            continue
         counted = case.pairs / (case.batch * case.kv_heads)
-        forward = pairs_by_rows(case, tiles["forward"])
-        by_keys = pairs_by_text_keys(case, tiles["text_gradient"]) + pairs_by_own_keys(case, tiles["own_gradient"])
-        backward = 3 * pairs_by_rows(case, tiles["query_gradient"]) + 4 * by_keys  # of five products that count
+        forward, backward = count_pairs(case, options.architecture, options.hopper)
         ((flops, size),) = Work(case, "forward").phases(2)
         print(
             f"| {case.positions} | {case.tokens} | {case.width} | {flops / 1e12:.3f} | {size / 1e9:.3f} "
-            f"| {forward / counted:.2f} | {backward / (5 * counted):.2f} |"
+            f"| {forward / counted:.2f} | {backward / (5 * counted):.2f} |"  # of five products that count
         )
 
 

@@ -28,8 +28,9 @@ from qstar_kernels import (
     thought_attention,
     thought_attention_step,
 )
-from qstar_kernels.launch import Launch
+from qstar_kernels.launch import Launch, architecture_of
 from qstar_kernels.testing import AttentionCase, attention_inputs
+from qstar_kernels.thought_attention.cases import all_for_hopper
 
 PLAIN = AttentionCase(batch=2, heads=6, kv_heads=2, positions=37, rationales=2, tokens=3, width=64, value_width=64)
 RULES = PLAIN._replace(window=9, softcap=2.0, sinks=True, text_start=True, width=80, value_width=40)
@@ -66,6 +67,13 @@ def attend(case: AttentionCase, dtype: torch.dtype, device: torch.device) -> Non
     thought_attention_step(first, *text, *thoughts, 0, **rules, backend="triton")
 
 
+def attend_on_hopper(device: torch.device) -> None:
+    """By the kernels for compute capability 9.0; on other cards there are none."""
+    if architecture_of(device) == "sm_90":
+        with all_for_hopper(PLAIN.width):
+            attend(PLAIN._replace(heads=8), torch.bfloat16, device)
+
+
 def use_head(dtype: torch.dtype, device: torch.device) -> None:
     """Likelihoods, draws and mixing."""
     generator = torch.Generator().manual_seed(0)
@@ -97,6 +105,7 @@ for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
     PARTS[f"attention-{name}"] = partial(attend, PLAIN, dtype)
     PARTS[f"rules-{name}"] = partial(attend, RULES, dtype)
     PARTS[f"head-{name}"] = partial(use_head, dtype)
+PARTS["hopper-bfloat16"] = attend_on_hopper
 
 
 def main() -> None:

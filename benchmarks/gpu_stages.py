@@ -19,13 +19,15 @@ MOST_WORKERS = 12  # processes that share the tests, since compiling takes most 
 SETTLING = 30  # seconds before a stage is killed from which a benchmark starts nothing new
 TESTS = (
     "test_on_a_gpu.py",
+    "test_hopper_attention.py",
     "test_triton_attention.py",
     "test_triton_lm_head.py",
     "test_lm_head_product_dtype.py",
     "test_epilogue_sampling.py",
     "test_tune.py",
 )  # those that take a GPU where there is one
-KERNELS, DTYPES = ("attention", "rules", "head"), ("bfloat16", "float32")  # parts of every_kernel.py
+KERNELS, DTYPES = ("attention", "rules", "head"), ("bfloat16", "float32")
+PARTS = (*map("-".join, product(KERNELS, DTYPES)), "hopper-bfloat16")  # of every_kernel.py
 SANITIZER = "compute-sanitizer"
 SANITIZER_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
@@ -129,7 +131,7 @@ def sanitizer() -> str:
 
 def sanitizer_commands(room: Room) -> list[Command]:
     watch = (sanitizer(), "--error-exitcode", "9", "--tool")
-    watched = [python(HERE / "every_kernel.py", f"{op}-{dtype}") for op, dtype in product(KERNELS, DTYPES)]
+    watched = [python(HERE / "every_kernel.py", part) for part in PARTS]
     return [(*watch, tool, *command) for tool in ("memcheck", "racecheck") for command in watched]
 
 

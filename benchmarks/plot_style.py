@@ -22,6 +22,8 @@ class Style(NamedTuple):
 STYLES = {  # by name in the results; contenders of different benchmarks never meet in a figure
     "ours": Style("ours", "#d55e00", "o"),
     "ours_torch": Style("ours, backend torch", "#e69f00", "s"),
+    "ours_triton": Style("ours, plain Triton", "#e69f00", "d"),
+    "ours_hopper": Style("ours, for Hopper", "#882255", "P"),
     "ours_two_passes": Style("ours, two passes", "#e69f00", "d"),
     "sdpa_cudnn": Style("cuDNN + own block", "#009e73", "^"),
     "sdpa_flash": Style("SDPA flash + own block", "#56b4e9", "v"),

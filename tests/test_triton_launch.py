@@ -3,7 +3,6 @@
 Triton's own way to a kernel up to the compiler, with a driver for a card that is not there.
 """
 
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -17,8 +16,7 @@ from qstar_kernels.testing import AttentionCase, attention_inputs
 
 triton = pytest.importorskip("triton")
 launch = import_module("qstar_kernels.launch")
-tiles = import_module("qstar_kernels.thought_attention.tiles")
-hopper = import_module("qstar_kernels.thought_attention.hopper.launches")
+cases = import_module("qstar_kernels.thought_attention.cases")
 JITFunction = import_module("triton.runtime.jit").JITFunction
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,9 +102,7 @@ def test_attention(compared, case, change, dtype):
 def test_attention_for_hopper(compared, dtype, tokens):
     inputs = attention_inputs(SMALL._replace(batch=2, tokens=tokens, positions=16), dtype)
     q, k, v = (x.detach().to(DEVICE).requires_grad_() for x in inputs[:3])
-    with ExitStack() as stack:
-        for kernel, by_width in hopper.TILES.items():
-            stack.enter_context(tiles.TABLE.trying(kernel, by_width[64][0]))
+    with cases.all_for_hopper(64):
         out = thought_attention(q, k, v, backend="triton")
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     own = ["key_gradient_kernel"] * (tokens > 0)

@@ -58,11 +58,20 @@ def rivals(kernel: str, architecture: str, dtype: torch.dtype, width: int) -> di
 
 @contextmanager
 def otherwise_plain(kernel: str) -> Iterator[None]:
-    """Inside, every kernel but ``kernel`` is one that every card has."""
+    """Inside, every kernel but ``kernel`` is in plain Triton."""
     with ExitStack() as stack:
         for other in HOPPER_KERNELS:
             if other != kernel:
                 stack.enter_context(TABLE.trying(other, None))
+        yield
+
+
+@contextmanager
+def all_for_hopper(width: int) -> Iterator[None]:
+    """Inside, calls with rows of ``width`` values go to the Hopper kernels, with the first of their tiles."""
+    with ExitStack() as stack:
+        for kernel, by_width in hopper.TILES.items():
+            stack.enter_context(TABLE.trying(kernel, by_width[width][0]))
         yield
 
 
