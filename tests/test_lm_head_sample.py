@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from storage_watch import StorageWatch
+from wait_watch import WaitWatch
 
 from qstar_kernels import sample_linear
 from qstar_kernels.lm_head import logits, sample
@@ -200,6 +201,31 @@ def test_log_probabilities_of_lower_precisions(dtype, options):
         z = cap * torch.tanh(z / cap)
     log_p = (z / options.get("log_prob_temperature", 1.0)).log_softmax(-1)
     assert_close(log_prob, log_p.gather(1, tokens[:, None])[:, 0])
+
+
+def test_forbidden_ids_are_checked_when_they_are_new_or_written_to():
+    """And not while they stay: the check waits for a GPU, and a thought's tokens are drawn one after the other."""
+    hidden, weight = make_inputs(5, 9, 3)
+    forbidden = torch.tensor([2, 4])
+
+    def draw(weight=weight):
+        with WaitWatch() as watch:
+            sample_linear(hidden, weight, seed=0, forbidden=forbidden)
+        return len(watch.waits)
+
+    assert draw() > 0
+    assert draw() == 0
+    with pytest.raises(ValueError, match=r"forbidden holds 4, but its ids must be in \[0, 4\)"):
+        draw(weight[:4])
+    assert draw(weight[:8]) > 0
+    forbidden[1] = -3
+    for _ in range(2):  # what was refused stays refused
+        with pytest.raises(ValueError, match=r"forbidden holds -3"):
+            draw()
+    with torch.inference_mode():  # its tensors have no version
+        forbidden = torch.tensor([2])
+    assert draw() > 0
+    assert draw() > 0
 
 
 def test_temperature_zero_takes_the_lowest_id_among_equals():

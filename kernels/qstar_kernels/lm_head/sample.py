@@ -21,8 +21,8 @@ from qstar_kernels.lm_head.logits import (
     LEAST_TEMPERATURE,
     LogitMap,
     accumulator_dtype,
+    check_forbidden,
     check_head,
-    check_ids,
     logit_chunks,
     without_autocast,
 )
@@ -155,7 +155,7 @@ def sample_linear(
     if 0 < temperature < LEAST_TEMPERATURE:
         raise ValueError(f"temperature is {temperature}, but it must be 0 or at least {LEAST_TEMPERATURE}")
     check_number("log_prob_temperature", log_prob_temperature, at_least=LEAST_TEMPERATURE)
-    check_ids(weight.shape[0], forbidden)
+    check_forbidden(weight.shape[0], forbidden)
     chosen = choose_backend(backend, on_gpu=hidden.is_cuda, triton_refusal=lambda: triton_refusal("hidden", hidden))
 
     with without_autocast(hidden):
