@@ -203,6 +203,34 @@ def test_log_probabilities_of_lower_precisions(dtype, options):
     assert_close(log_prob, log_p.gather(1, tokens[:, None])[:, 0])
 
 
+SEEDS = [0, -5, 2**63 + 1, 2**64 - 1]
+STEPS = [0, 3, 2**32, 2**63 + 5]
+
+
+def signed_tensor(value, dtype=torch.int64):
+    return torch.tensor((value + 2**63) % 2**64 - 2**63, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(("seed", "step"), list(zip(SEEDS, STEPS, strict=True)))
+def test_seed_and_step_may_be_tensors(monkeypatch, seed, step, backend):
+    """All 64 bits of them count, and the draws are bit for bit those of integers."""
+    monkeypatch.setattr(logits, "CPU_CHUNK_ELEMENTS", 5000)
+    hidden, weight = make_inputs(101, 300, 9)
+    options = {"row_offset": 2**32 - 50, "temperature": 0.7, "backend": backend}
+    wanted = sample_linear(hidden, weight, seed=seed, step=step, **options)
+    for counters in ({"step": signed_tensor(step)}, {"seed": signed_tensor(seed), "step": signed_tensor(step)}):
+        drawn = sample_linear(hidden, weight, **{"seed": seed, **counters}, **options)
+        assert all(torch.equal(mine, other) for mine, other in zip(drawn, wanted, strict=True))
+
+
+def test_seed_and_step_may_be_narrow_tensors():
+    """A negative seed of 32 bits is the same integer in 64."""
+    hidden, weight = make_inputs(101, 300, 9)
+    narrow = {"seed": signed_tensor(-5, torch.int32), "step": signed_tensor(3, torch.int32)}
+    assert torch.equal(sample_linear(hidden, weight, **narrow)[0], sample_linear(hidden, weight, seed=-5, step=3)[0])
+
+
 def test_forbidden_ids_are_checked_when_they_are_new_or_written_to():
     """And not while they stay: the check waits for a GPU, and a thought's tokens are drawn one after the other."""
     hidden, weight = make_inputs(5, 9, 3)
@@ -303,6 +331,9 @@ def test_never_more_than_a_chunk_of_logits(monkeypatch, temperature):
         ({"seed": 0.5}, TypeError, "seed must be an integer, but it is float"),
         ({"seed": 2**64}, ValueError, "seed is 18446744073709551616, but it must be in"),
         ({"step": -1}, ValueError, "step is -1, but it must be at least 0"),
+        ({"step": torch.tensor([1])}, ValueError, r"step has shape \[1\], but it must be a tensor without dimensions"),
+        ({"step": torch.tensor(1.0)}, TypeError, "step has dtype torch.float32"),
+        ({"seed": torch.tensor(True)}, TypeError, "seed has dtype torch.bool"),
         ({"row_offset": -1}, ValueError, "row_offset is -1, but it must be at least 0"),
         ({"row_offset": 2**63 - 1}, ValueError, "row_offset is 9223372036854775807, but it must be in"),
         ({"temperature": -0.1}, ValueError, "temperature is -0.1, but it must be at least 0"),
