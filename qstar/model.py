@@ -147,7 +147,7 @@ class LanguageHead:
         options = self._options | dict(temperature=temperature, product_dtype=self.dtype)
         return linear_log_prob_sum(hidden, self.weight, targets, row_weight, **options)
 
-    def sample(self, hidden: Tensor, *, seed: int, step: int, row_offset: int, temperature: float) -> Tensor:
+    def sample(self, hidden: Tensor, *, seed: int, step: int | Tensor, row_offset: int, temperature: float) -> Tensor:
         """Tokens ``[R]`` drawn at ``temperature``, the most probable ones at 0."""
         options = self._options | dict(seed=seed, step=step, row_offset=row_offset, temperature=temperature)
         tokens, _ = sample_linear(hidden.to(self.dtype), self._drawing_weight, **options)

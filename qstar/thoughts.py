@@ -37,14 +37,14 @@ def read_text(model: PreTrainedModel, text: Text, grid: ThoughtGrid) -> tuple[Th
     return cache, hidden
 
 
-def advance(model: PreTrainedModel, text: Text, cache: ThoughtCache, step: int, tokens: Tensor) -> Tensor:
+def advance(model: PreTrainedModel, text: Text, cache: ThoughtCache, step: int | Tensor, tokens: Tensor) -> Tensor:
     """Read token ``step`` of every thought.
 
     Args:
         model: the model.
         text: the text that ``cache`` was filled from.
         cache: from :func:`read_text`; tokens 0 .. ``step - 1`` have been read.
-        step: t, counted from the start token.
+        step: t, counted from the start token; or an int64 tensor ``[]`` on the device of ``tokens``, unchecked.
         tokens: ``[B, Nq, r]`` int64, at the last ``Nq`` positions of the text.
 
     Returns:
@@ -59,6 +59,33 @@ def advance(model: PreTrainedModel, text: Text, cache: ThoughtCache, step: int, 
         cache,
     )
     return rearrange(hidden, "b (n r) e -> b n r e", r=cache.rationales)
+
+
+class Thinking:
+    """Thoughts that grow by a token with every call, at all positions together.
+
+    What changes from token to token, the step and the tokens, lies on the device and is written in place: every call
+    launches the same, and the host asks for nothing. So a call can be captured and replayed.
+
+    Attributes:
+        thoughts: the tokens sampled so far, ``[B, Nq, r, K]`` int64.
+    """
+
+    def __init__(self, model: PreTrainedModel, text: Text, grid: ThoughtGrid, positions: int, **sampling: int | float):
+        shape = len(text.tokens), positions, grid.rationales
+        self.model, self.text, self.sampling = model, text, sampling
+        self.head = model.language_head()
+        self.cache, _ = read_text(model, text, grid)
+        self.thoughts = text.tokens.new_empty(*shape, grid.thought_tokens)
+        self.tokens = text.tokens.new_full(shape, model.qstar.start_token_id)
+        self.step = text.tokens.new_zeros(())
+
+    def __call__(self) -> None:
+        hidden = advance(self.model, self.text, self.cache, self.step, self.tokens)
+        tokens = self.head.sample(hidden.flatten(0, 2), step=self.step, **self.sampling)
+        self.tokens.copy_(tokens.view_as(self.tokens))
+        self.thoughts.index_copy_(-1, self.step[None], self.tokens[..., None])
+        self.step += 1
 
 
 @torch.no_grad()
@@ -86,20 +113,13 @@ def think(
     Returns:
         Sampled tokens ``[B, Nq, r, K]`` int64; the start and end tokens are never among them.
     """
-    batch, positions = text.tokens.shape
-    positions = positions if last is None else last
-    thoughts = text.tokens.new_empty(batch, positions, grid.rationales, grid.thought_tokens)
-    head = model.language_head()
-    tokens = text.tokens.new_full(thoughts.shape[:3], model.qstar.start_token_id)
+    positions = text.tokens.shape[1] if last is None else last
+    sampling = dict(temperature=temperature, seed=seed, row_offset=row_offset)
     with evaluating(model):
-        cache, _ = read_text(model, text, grid)
-        for step in range(grid.thought_tokens):
-            hidden = advance(model, text, cache, step, tokens)
-            tokens = head.sample(
-                hidden.flatten(0, 2), seed=seed, step=step, row_offset=row_offset, temperature=temperature
-            ).view_as(tokens)
-            thoughts[..., step] = tokens
-    return thoughts
+        say_next = Thinking(model, text, grid, positions, **sampling)
+        for _ in range(grid.thought_tokens):
+            say_next()
+    return say_next.thoughts
 
 
 def read_grid(model: PreTrainedModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, backend: str = "auto") -> Tensor:

@@ -246,6 +246,7 @@ def test_forbidden_ids_are_checked_when_they_are_new_or_written_to():
     with pytest.raises(ValueError, match=r"forbidden holds 4, but its ids must be in \[0, 4\)"):
         draw(weight[:4])
     assert draw(weight[:8]) > 0
+    assert draw() > 0
     forbidden[1] = -3
     for _ in range(2):  # what was refused stays refused
         with pytest.raises(ValueError, match=r"forbidden holds -3"):
