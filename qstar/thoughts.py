@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qstar.attention import Packed, Step, ThoughtCache
+from qstar.capture import capture, check_capturable
 from qstar.grid import Text, ThoughtGrid
 
 
@@ -98,6 +99,7 @@ def think(
     seed: int = 0,
     row_offset: int = 0,
     last: int | None = None,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """Sample a thought for every rationale at every position (paper, section 4.2).
 
@@ -109,17 +111,29 @@ def think(
         seed: the same seed gives the same thoughts.
         row_offset: rows (batch, position, rationale) that other processes or batches have before these.
         last: think at the last ``Nq`` positions only; at all of them by default.
+        cuda_graph: capture the second token in a CUDA graph and replay it for those after it, the same thoughts. Takes
+            memory for one more token, which stays the model's, and the host's time for one. What it gains was not
+            measured yet.
 
     Returns:
         Sampled tokens ``[B, Nq, r, K]`` int64; the start and end tokens are never among them.
+
+    Raises:
+        ValueError: ``cuda_graph`` where thinking cannot be captured: not on a GPU, parameters elsewhere or sharded,
+            several processes, a model that waits for the device.
     """
+    device = text.tokens.device
+    if cuda_graph:
+        check_capturable(model, device)
     positions = text.tokens.shape[1] if last is None else last
     sampling = dict(temperature=temperature, seed=seed, row_offset=row_offset)
     with evaluating(model):
-        say_next = Thinking(model, text, grid, positions, **sampling)
-        for _ in range(grid.thought_tokens):
+        thinking = say_next = Thinking(model, text, grid, positions, **sampling)
+        for token in range(grid.thought_tokens):
+            if token == 1 and cuda_graph:
+                say_next = capture(thinking, model, device)
             say_next()
-    return say_next.thoughts
+    return thinking.thoughts
 
 
 def read_grid(model: PreTrainedModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, backend: str = "auto") -> Tensor:
