@@ -3,9 +3,9 @@
     python benchmarks/bench_llama_step.py [--quick] [--limit-seconds S] [--out FOLDER]
 
 Random weights; N tokens of text, two rationales of 8 sampled tokens scored on 4; on a GPU bfloat16 autocast over
-float32 weights. Prints a table while it goes and writes ``llama_step-<device>.json``: milliseconds, text tokens a
-second, useful TFLOP/s, peak memory beyond weights and optimizer, and the milliseconds of each phase in a step of its
-own. On a CPU it takes one tiny shape.
+float32 weights. ``ours_graph`` replays thinking from a CUDA graph. Prints a table while it goes and writes
+``llama_step-<device>.json``: milliseconds, text tokens a second, useful TFLOP/s, peak memory beyond weights and
+optimizer, and the milliseconds of each phase in a step of its own. On a CPU it takes one tiny shape.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from qstar import losses
 from qstar.model import LanguageHead, QuietStarConfig, attach
 
 THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES = 8, 4, 2
-ATTENTION = {"ours": "qstar", "step_by_step": "sdpa"}
+ATTENTION = {"ours": "qstar", "ours_graph": "qstar", "step_by_step": "sdpa"}
 PHASES = ("think", "packed forward", "head", "backward", "optimizer")  # the head's: of the loss; thinking has its own
 
 
@@ -118,8 +118,8 @@ class Step:
 
     def loss(self, path: str) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
-            if path == "ours":
-                return losses.Objective()(self.model, self.tokens).loss
+            if path in ("ours", "ours_graph"):
+                return losses.Objective(cuda_graph=path == "ours_graph")(self.model, self.tokens).loss
             return masked_objective(self.model, self.tokens)
 
     def prepare(self, path: str) -> Callable[[], Tensor]:

@@ -31,6 +31,7 @@ from transformers.utils.import_utils import is_tracing
 from qstar_kernels import thought_attention, thought_attention_step
 
 NAME = "qstar"
+AT_HAND = ("cpu",)  # devices whose values the host reads at once; a CPU writes a slice in a fifth of an index's time
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Step:
     """One token of every rationale at the last positions of a text whose keys lie in ``cache``, ``[B, Nq*r]``."""
 
     cache: ThoughtCache
-    step: int
+    step: int | Tensor
     start: Tensor | None = None
     window: int | None = None
 
@@ -105,12 +106,14 @@ class ThoughtCache(Cache):
         super().__init__(layer_class_to_replicate=lambda: _ThoughtCacheLayer(self))
         self.rationales = rationales
         self.rationale_length = rationale_length
-        self.step: int | None = None
+        self.step: Tensor | None = None
 
-    def begin_step(self, step: int) -> None:
-        """Let the next pass fill token ``step`` of every rationale."""
-        if not 0 <= step < self.rationale_length:
-            raise ValueError(f"step is {step}, but it must be in 0..{self.rationale_length - 1}")
+    def begin_step(self, step: int | Tensor) -> None:
+        """Let the next pass fill token ``step`` of every rationale; the value of a tensor ``[]`` is not checked."""
+        if not isinstance(step, Tensor):
+            if not 0 <= step < self.rationale_length:
+                raise ValueError(f"step is {step}, but it must be in 0..{self.rationale_length - 1}")
+            step = torch.full((), step, device=self.layers[0].keys.device)
         self.step = step
 
 
@@ -134,9 +137,18 @@ class _ThoughtCacheLayer(DynamicLayer):
             self.thought_keys, self.thought_values = (
                 x.new_empty(*x.shape[:4], self.cache.rationale_length, x.shape[4]) for x in (keys, values)
             )
-        self.thought_keys[..., self.cache.step, :] = keys
-        self.thought_values[..., self.cache.step, :] = values
+        step = self.cache.step.to(keys.device)  # layers may lie on several devices
+        write_token(self.thought_keys, step, keys)
+        write_token(self.thought_values, step, values)
         return key_states, value_states
+
+
+def write_token(cache: Tensor, step: Tensor, token: Tensor) -> None:
+    """Write ``token`` ``[..., D]`` into ``cache`` ``[..., T, D]`` at ``step`` ``[]``, which no GPU is asked for."""
+    if step.device.type in AT_HAND:
+        cache.select(-2, int(step)).copy_(token)
+    else:
+        cache.index_copy_(-2, step[None], token.unsqueeze(-2))
 
 
 @dataclass

@@ -59,6 +59,7 @@ def evaluate_rows(
     *,
     temperature: float = 0.0,
     seed: int = 0,
+    cuda_graph: bool = False,
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Evaluation:
     """Evaluate on batches as :class:`qstar.data.PadRight` makes them.
@@ -68,6 +69,7 @@ def evaluate_rows(
         batches: what :meth:`qstar.grid.Text.from_inputs` takes, by name.
         temperature: thoughts are sampled at; greedy by default.
         seed: of the thoughts, where they are sampled.
+        cuda_graph: replay thinking from a CUDA graph, see :func:`qstar.thoughts.think`.
         total: adds sums over all processes; the identity by default.
 
     Raises:
@@ -81,7 +83,8 @@ def evaluate_rows(
         for batch in batches:
             text = read_batch(model, **{name: value.to(device) for name, value in batch.items()})
             grid = model.grid(text.tokens.shape[1], rationales=1)
-            thoughts = think(model, text, grid, temperature=temperature, seed=seed, row_offset=row_offset)
+            sampling = dict(temperature=temperature, seed=seed, row_offset=row_offset)
+            thoughts = think(model, text, grid, **sampling, cuda_graph=cuda_graph)
             row_offset += text.tokens.numel()
             spoken = talk(model, text, grid, thoughts)
             counts = spoken.targets != IGNORED

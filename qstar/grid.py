@@ -126,16 +126,26 @@ class Text:
                 )
         index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        first = _first_valid(valid)
+        blocks = (valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, :1].sum(1)
+        first = valid.long().argmax(dim=1, keepdim=True) if valid.shape[1] else valid.new_zeros(len(valid), 1).long()
         positions = (index - first).clamp(min=0) if position_ids is None else position_ids
         start = torch.where(valid, index - positions, first)
-        if bool((start < first).any()):
+        # One question for all of it: the host waits for the device once.
+        has_hole, reaches_back, starts_later = torch.stack(
+            [(blocks > 1).any(), (start < first).any(), (start > 0).any()]
+        ).tolist()
+        if has_hole:
+            row = int((blocks > 1).nonzero()[0])
+            raise ValueError(
+                f"attention_mask has a hole in row {row}, but padding must stand left or right of the text"
+            )
+        if reaches_back:
             raise ValueError("position_ids reach back into the padding on the left of attention_mask")
         targets = torch.full_like(input_ids, IGNORED)
         follows = valid[:, :-1] & valid[:, 1:] & (positions[:, 1:] == positions[:, :-1] + 1)
         source = input_ids if labels is None else labels
         targets[:, :-1] = torch.where(follows, source[:, 1:], IGNORED)
-        return cls(input_ids, positions, start if bool((start > 0).any()) else None, targets)
+        return cls(input_ids, positions, start if starts_later else None, targets)
 
     def talk_targets(self, grid: ThoughtGrid) -> Tensor:
         """What talk step ``k`` at position ``i`` must predict, ``x_{i+k+1}`` or ``IGNORED``, ``[B, N, m]`` int64.
@@ -146,12 +156,3 @@ class Text:
         steps = torch.arange(grid.ahead_tokens, device=self.tokens.device)
         same_document = self.positions[:, ahead] == self.positions[..., None] + steps
         return torch.where(same_document, self.targets[:, ahead], IGNORED)
-
-
-def _first_valid(valid: Tensor) -> Tensor:
-    """The first valid position of each row, ``[B, 1]`` int64; raises where padding stands between text."""
-    edges = (valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, :1].sum(1)
-    if bool((edges > 1).any()):
-        row = int((edges > 1).nonzero()[0])
-        raise ValueError(f"attention_mask has a hole in row {row}, but padding must stand left or right of the text")
-    return valid.long().argmax(dim=1, keepdim=True) if valid.shape[1] else valid.new_zeros(len(valid), 1).long()

@@ -143,6 +143,7 @@ class Objective:
         seed: of the thoughts.
         row_offset: rows (batch, position, rationale) that other processes or batches have before these.
         backend: of the attention over the thought grid.
+        cuda_graph: replay thinking from a CUDA graph, see :func:`qstar.thoughts.think`.
     """
 
     policy_weight: float = 1.0
@@ -153,6 +154,7 @@ class Objective:
     seed: int = 0
     row_offset: int = 0
     backend: str = "auto"
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.baseline not in BASELINES:
@@ -177,9 +179,8 @@ class Objective:
         text = read_batch(model, input_ids, attention_mask, labels, position_ids)
         grid = model.grid(input_ids.shape[1])
         if thoughts is None:
-            thoughts = think(
-                model, text, grid, temperature=self.temperature, seed=self.seed, row_offset=self.row_offset
-            )
+            sampling = dict(temperature=self.temperature, seed=self.seed, row_offset=self.row_offset)
+            thoughts = think(model, text, grid, **sampling, cuda_graph=self.cuda_graph)
         spoken = talk(model, text, grid, thoughts, self.backend)
         nll_base = -_mean(spoken.log_base, text.targets != IGNORED)
         counts = spoken.targets != IGNORED

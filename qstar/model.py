@@ -147,7 +147,7 @@ class LanguageHead:
         options = self._options | dict(temperature=temperature, product_dtype=self.dtype)
         return linear_log_prob_sum(hidden, self.weight, targets, row_weight, **options)
 
-    def sample(self, hidden: Tensor, *, seed: int, step: int, row_offset: int, temperature: float) -> Tensor:
+    def sample(self, hidden: Tensor, *, seed: int, step: int | Tensor, row_offset: int, temperature: float) -> Tensor:
         """Tokens ``[R]`` drawn at ``temperature``, the most probable ones at 0."""
         options = self._options | dict(seed=seed, step=step, row_offset=row_offset, temperature=temperature)
         tokens, _ = sample_linear(hidden.to(self.dtype), self._drawing_weight, **options)
@@ -161,6 +161,7 @@ class QuietStarMixin:
     qstar_start: nn.Parameter
     qstar_end: nn.Parameter
     qstar_mixing_head: MixingHead
+    qstar_forbidden: Tensor
     accepts_loss_kwargs = False
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -213,7 +214,7 @@ class QuietStarMixin:
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
-        forbidden = torch.tensor([self.qstar.start_token_id, self.qstar.end_token_id], device=head.weight.device)
+        forbidden = self.qstar_forbidden.to(head.weight.device)
         softcap = getattr(config, "final_logit_softcapping", None)
         dtype = attention.compute_dtype(head.weight) if head.weight.dtype == torch.float32 else head.weight.dtype
         return LanguageHead(head.weight, head.bias, scale, softcap, forbidden, dtype)
@@ -369,12 +370,15 @@ def attach(model: PreTrainedModel, config: QuietStarConfig) -> None:
     model.qstar_start = nn.Parameter(torch.empty(rows.shape[1], **factory))
     model.qstar_end = nn.Parameter(torch.empty(rows.shape[1], **factory))
     model.qstar_mixing_head = MixingHead(rows.shape[1], **factory)
+    # A tensor that stays, since a new one would be copied to the device and checked there for every head and token.
+    forbidden = torch.tensor([config.start_token_id, config.end_token_id], device=rows.device)
+    model.register_buffer("qstar_forbidden", forbidden, persistent=False)
     model.set_attn_implementation(attention.NAME)
     disable_dropout(model)
 
 
 def _detach(model: PreTrainedModel, plain_class: type[PreTrainedModel], plain_attention: str) -> None:
-    for name in ("qstar", "qstar_start", "qstar_end", "qstar_mixing_head"):
+    for name in ("qstar", "qstar_start", "qstar_end", "qstar_mixing_head", "qstar_forbidden"):
         delattr(model, name)
     model.__class__ = plain_class
     model.set_attn_implementation(plain_attention)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qstar.attention import Packed, Step, ThoughtCache
+from qstar.capture import capture, check_capturable
 from qstar.grid import Text, ThoughtGrid
 
 
@@ -37,14 +38,14 @@ def read_text(model: PreTrainedModel, text: Text, grid: ThoughtGrid) -> tuple[Th
     return cache, hidden
 
 
-def advance(model: PreTrainedModel, text: Text, cache: ThoughtCache, step: int, tokens: Tensor) -> Tensor:
+def advance(model: PreTrainedModel, text: Text, cache: ThoughtCache, step: int | Tensor, tokens: Tensor) -> Tensor:
     """Read token ``step`` of every thought.
 
     Args:
         model: the model.
         text: the text that ``cache`` was filled from.
         cache: from :func:`read_text`; tokens 0 .. ``step - 1`` have been read.
-        step: t, counted from the start token.
+        step: t, counted from the start token; or an int64 tensor ``[]`` on the device of ``tokens``, unchecked.
         tokens: ``[B, Nq, r]`` int64, at the last ``Nq`` positions of the text.
 
     Returns:
@@ -61,6 +62,33 @@ def advance(model: PreTrainedModel, text: Text, cache: ThoughtCache, step: int, 
     return rearrange(hidden, "b (n r) e -> b n r e", r=cache.rationales)
 
 
+class Thinking:
+    """Thoughts that grow by a token with every call, at all positions together.
+
+    What changes from token to token, the step and the tokens, lies on the device and is written in place: every call
+    launches the same, and the host asks for nothing. So a call can be captured and replayed.
+
+    Attributes:
+        thoughts: the tokens sampled so far, ``[B, Nq, r, K]`` int64.
+    """
+
+    def __init__(self, model: PreTrainedModel, text: Text, grid: ThoughtGrid, positions: int, **sampling: int | float):
+        shape = len(text.tokens), positions, grid.rationales
+        self.model, self.text, self.sampling = model, text, sampling
+        self.head = model.language_head()
+        self.cache, _ = read_text(model, text, grid)
+        self.thoughts = text.tokens.new_empty(*shape, grid.thought_tokens)
+        self.tokens = text.tokens.new_full(shape, model.qstar.start_token_id)
+        self.step = text.tokens.new_zeros(())
+
+    def __call__(self) -> None:
+        hidden = advance(self.model, self.text, self.cache, self.step, self.tokens)
+        tokens = self.head.sample(hidden.flatten(0, 2), step=self.step, **self.sampling)
+        self.tokens.copy_(tokens.view_as(self.tokens))
+        self.thoughts.index_copy_(-1, self.step[None], self.tokens[..., None])
+        self.step += 1
+
+
 @torch.no_grad()
 def think(
     model: PreTrainedModel,
@@ -71,6 +99,7 @@ def think(
     seed: int = 0,
     row_offset: int = 0,
     last: int | None = None,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """Sample a thought for every rationale at every position (paper, section 4.2).
 
@@ -82,24 +111,29 @@ def think(
         seed: the same seed gives the same thoughts.
         row_offset: rows (batch, position, rationale) that other processes or batches have before these.
         last: think at the last ``Nq`` positions only; at all of them by default.
+        cuda_graph: capture the second token in a CUDA graph and replay it for those after it, the same thoughts. Takes
+            memory for one more token, which stays the model's, and the host's time for one. What it gains was not
+            measured yet.
 
     Returns:
         Sampled tokens ``[B, Nq, r, K]`` int64; the start and end tokens are never among them.
+
+    Raises:
+        ValueError: ``cuda_graph`` where thinking cannot be captured: not on a GPU, parameters elsewhere or sharded,
+            several processes, a model that waits for the device.
     """
-    batch, positions = text.tokens.shape
-    positions = positions if last is None else last
-    thoughts = text.tokens.new_empty(batch, positions, grid.rationales, grid.thought_tokens)
-    head = model.language_head()
-    tokens = text.tokens.new_full(thoughts.shape[:3], model.qstar.start_token_id)
+    device = text.tokens.device
+    if cuda_graph:
+        check_capturable(model, device)
+    positions = text.tokens.shape[1] if last is None else last
+    sampling = dict(temperature=temperature, seed=seed, row_offset=row_offset)
     with evaluating(model):
-        cache, _ = read_text(model, text, grid)
-        for step in range(grid.thought_tokens):
-            hidden = advance(model, text, cache, step, tokens)
-            tokens = head.sample(
-                hidden.flatten(0, 2), seed=seed, step=step, row_offset=row_offset, temperature=temperature
-            ).view_as(tokens)
-            thoughts[..., step] = tokens
-    return thoughts
+        thinking = say_next = Thinking(model, text, grid, positions, **sampling)
+        for token in range(grid.thought_tokens):
+            if token == 1 and cuda_graph:
+                say_next = capture(thinking, model, device)
+            say_next()
+    return thinking.thoughts
 
 
 def read_grid(model: PreTrainedModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, backend: str = "auto") -> Tensor:

@@ -56,6 +56,7 @@ class QuietStarArguments(TrainingArguments):
     reinforce_temperature: float = _setting(3.0, "Log-probabilities of sampled tokens are taken at this temperature.")
     baseline: str = _setting("mean", "What a thought is compared with.", choices=list(BASELINES))
     signed_advantages: bool = _setting(False, "Learn from thoughts that did worse than the baseline as well.")
+    cuda_graph: bool = _setting(False, "Replay thinking from a CUDA graph; one process with one GPU.")
     thought_embedding_lr_factor: float = _setting(
         100.0, "Learning rate of start and end embeddings over learning_rate."
     )
@@ -78,6 +79,7 @@ class QuietStarArguments(TrainingArguments):
             reinforce_temperature=self.reinforce_temperature,
             baseline=self.baseline,
             signed=self.signed_advantages,
+            cuda_graph=self.cuda_graph,
         )
 
 
@@ -197,7 +199,8 @@ class QuietStarTrainer(Trainer):
             return {name: value for metrics in every for name, value in metrics.items()}
         batches = self.get_eval_dataloader(eval_dataset)
         with self.accelerator.autocast():
-            result = evaluate_rows(self.accelerator.unwrap_model(self.model), batches, total=self.accelerator.reduce)
+            model = self.accelerator.unwrap_model(self.model)
+            result = evaluate_rows(model, batches, cuda_graph=self.args.cuda_graph, total=self.accelerator.reduce)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.summary().items()}
         metrics[f"{metric_key_prefix}_loss"] = (result.nll_base + result.nll_talk) / 2
         self.log(metrics)

@@ -1,11 +1,15 @@
 """The one-pass weighted sum of log-probabilities against the two-pass op and the specification."""
 
+import math
+
 import pytest
 import torch
 from storage_watch import StorageWatch
+from wait_watch import WaitWatch
 
 from qstar_kernels import linear_log_prob, linear_log_prob_sum
 from qstar_kernels.lm_head import logits
+from qstar_kernels.lm_head.log_prob_sum import gradient_unit
 from qstar_kernels.testing import assert_close
 
 OPTIONS = [{}, {"temperature": 3.0}, {"logit_scale": 0.3}, {"softcap": 1.5, "temperature": 0.7, "logit_scale": 1.3}]
@@ -132,3 +136,29 @@ def test_wrong_row_weights_are_named(change, error, message):
     (hidden, weight), targets, row_weight = make_inputs(9, 13, 5, False)
     with pytest.raises(error, match=message):
         linear_log_prob_sum(hidden, weight, targets, change(row_weight))
+
+
+@pytest.mark.parametrize("differentiates", [True, False])
+def test_the_device_is_asked_once(differentiates):
+    """For the ids that are wrong and for the rows of each kind; the backward asks nothing."""
+    tensors, targets, row_weight = make_inputs(63, 37, 11, False)
+    targets[::5], row_weight[1::7] = -100, 0
+    forbidden = torch.tensor([36])
+    targets[targets == 36] = 7
+    leaves = [tensor.detach().requires_grad_(differentiates) for tensor in tensors]
+    linear_log_prob_sum(*leaves, targets, row_weight, forbidden=forbidden)  # which is checked when it is new
+    with WaitWatch() as watch:
+        total, _ = linear_log_prob_sum(*leaves, targets, row_weight, forbidden=forbidden)
+        if differentiates:
+            total.backward()
+    assert watch.waits == ["tolist"]
+
+
+@pytest.mark.parametrize("largest", [1.0, 0.75, -3.1e-9, 2.0**-126, 3e38, float("inf"), float("nan")])
+def test_unit_of_float16_gradients(largest):
+    """A power of two, 2^-8 to 2^-7 of the largest weight that counts; 1 where that is not finite."""
+    row_weight, rows = torch.tensor([0.0, 1e39, largest]), torch.tensor([0, 2])
+    unit = float(gradient_unit(row_weight, rows, torch.float16))
+    wanted = 2.0 ** (math.frexp(largest)[1] - 8) if math.isfinite(largest) else 1.0
+    assert unit == wanted
+    assert gradient_unit(row_weight, rows[:0], torch.float16) == gradient_unit(row_weight, rows, torch.bfloat16) == 1.0

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from storage_watch import StorageWatch
+from wait_watch import WaitWatch
 
 from qstar_kernels import sample_linear
 from qstar_kernels.lm_head import logits, sample
@@ -202,6 +203,60 @@ def test_log_probabilities_of_lower_precisions(dtype, options):
     assert_close(log_prob, log_p.gather(1, tokens[:, None])[:, 0])
 
 
+SEEDS = [0, -5, 2**63 + 1, 2**64 - 1]
+STEPS = [0, 3, 2**32, 2**63 + 5]
+
+
+def signed_tensor(value, dtype=torch.int64):
+    return torch.tensor((value + 2**63) % 2**64 - 2**63, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(("seed", "step"), list(zip(SEEDS, STEPS, strict=True)))
+def test_seed_and_step_may_be_tensors(monkeypatch, seed, step, backend):
+    """All 64 bits of them count, and the draws are bit for bit those of integers."""
+    monkeypatch.setattr(logits, "CPU_CHUNK_ELEMENTS", 5000)
+    hidden, weight = make_inputs(101, 300, 9)
+    options = {"row_offset": 2**32 - 50, "temperature": 0.7, "backend": backend}
+    wanted = sample_linear(hidden, weight, seed=seed, step=step, **options)
+    for counters in ({"step": signed_tensor(step)}, {"seed": signed_tensor(seed), "step": signed_tensor(step)}):
+        drawn = sample_linear(hidden, weight, **{"seed": seed, **counters}, **options)
+        assert all(torch.equal(mine, other) for mine, other in zip(drawn, wanted, strict=True))
+
+
+def test_seed_and_step_may_be_narrow_tensors():
+    """A negative seed of 32 bits is the same integer in 64."""
+    hidden, weight = make_inputs(101, 300, 9)
+    narrow = {"seed": signed_tensor(-5, torch.int32), "step": signed_tensor(3, torch.int32)}
+    assert torch.equal(sample_linear(hidden, weight, **narrow)[0], sample_linear(hidden, weight, seed=-5, step=3)[0])
+
+
+def test_forbidden_ids_are_checked_when_they_are_new_or_written_to():
+    """And not while they stay: the check waits for a GPU, and a thought's tokens are drawn one after the other."""
+    hidden, weight = make_inputs(5, 9, 3)
+    forbidden = torch.tensor([2, 4])
+
+    def draw(weight=weight):
+        with WaitWatch() as watch:
+            sample_linear(hidden, weight, seed=0, forbidden=forbidden)
+        return len(watch.waits)
+
+    assert draw() > 0
+    assert draw() == 0
+    with pytest.raises(ValueError, match=r"forbidden holds 4, but its ids must be in \[0, 4\)"):
+        draw(weight[:4])
+    assert draw(weight[:8]) > 0
+    assert draw() > 0
+    forbidden[1] = -3
+    for _ in range(2):  # what was refused stays refused
+        with pytest.raises(ValueError, match=r"forbidden holds -3"):
+            draw()
+    with torch.inference_mode():  # its tensors have no version
+        forbidden = torch.tensor([2])
+    assert draw() > 0
+    assert draw() > 0
+
+
 def test_temperature_zero_takes_the_lowest_id_among_equals():
     hidden, weight = make_exact_inputs(500, 300)
     z = hidden @ weight.T
@@ -277,6 +332,9 @@ def test_never_more_than_a_chunk_of_logits(monkeypatch, temperature):
         ({"seed": 0.5}, TypeError, "seed must be an integer, but it is float"),
         ({"seed": 2**64}, ValueError, "seed is 18446744073709551616, but it must be in"),
         ({"step": -1}, ValueError, "step is -1, but it must be at least 0"),
+        ({"step": torch.tensor([1])}, ValueError, r"step has shape \[1\], but it must be a tensor without dimensions"),
+        ({"step": torch.tensor(1.0)}, TypeError, "step has dtype torch.float32"),
+        ({"seed": torch.tensor(True)}, TypeError, "seed has dtype torch.bool"),
         ({"row_offset": -1}, ValueError, "row_offset is -1, but it must be at least 0"),
         ({"row_offset": 2**63 - 1}, ValueError, "row_offset is 9223372036854775807, but it must be in"),
         ({"temperature": -0.1}, ValueError, "temperature is -0.1, but it must be at least 0"),

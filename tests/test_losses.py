@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from wait_watch import WaitWatch
 
 from qstar.grid import Text
 from qstar.losses import Objective, advantages, talk
@@ -113,6 +114,22 @@ def test_permuting_rationales_permutes_results():
     ours = talk(model, text, grid, thoughts).log_talk
     permuted = talk(model, text, grid, thoughts[:, :, order]).log_talk
     torch.testing.assert_close(permuted, ours[:, :, order], rtol=0, atol=1e-5)
+
+
+def test_what_a_training_step_asks_the_device():
+    """Each question waits for all that was launched: of the batch, of transformers' mask, of ids, of what is rewarded.
+
+    Every one is asked once, whatever the number of tokens in a thought.
+    """
+    model = tiny.thinking_model(thought_tokens=5, ahead_tokens=2)
+    tokens, thoughts = tiny.text(2, 9), tiny.random_thoughts(model, 2, 9)
+    Objective()(model, tokens, thoughts=thoughts)  # ids that are forbidden are checked when they are new
+    with WaitWatch() as watch:
+        output = Objective()(model, tokens, thoughts=thoughts)
+        output.loss.backward()
+    assert output.rewarded > 0
+    batch, mask, mixed, heads, rewarded = ["tolist"], ["__bool__"], ["__bool__"], ["tolist"] * 2, ["nonzero"]
+    assert sorted(watch.waits) == sorted(batch + mask + mixed + heads + rewarded)
 
 
 def test_equal_scores_have_no_advantage():

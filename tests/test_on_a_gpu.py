@@ -9,7 +9,10 @@ import pytest
 import tiny
 import torch
 
+from qstar import capture
+from qstar.grid import Text
 from qstar.losses import Objective
+from qstar.thoughts import Thinking, think
 from qstar_kernels import sample_linear, thought_attention, thought_attention_step
 from qstar_kernels.testing import AttentionCase, attention_inputs, relative_error
 
@@ -93,6 +96,79 @@ def test_the_host_never_waits():
     with refused_waits():
         run(*inputs)
         thought_attention_step(*step, 3)
+
+
+def thinking_case(family="llama", **settings):
+    """A model whose kernels and products are of some size, a text with padding on its left, and its grid."""
+    sizes = dict(n_embd=128) if family == "gpt2" else dict(hidden_size=128, head_dim=32)
+    settings = dict(thought_tokens=6, ahead_tokens=2) | settings
+    model = tiny.thinking_model(family, changes=sizes, **settings).cuda()
+    padding = torch.ones(3, 50, dtype=torch.int64)
+    padding[1, :7] = 0
+    return model, Text.from_inputs(tiny.text(3, 50).cuda(), padding.cuda()), model.grid(50)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "phi3"])
+def test_thoughts_from_a_graph_are_those_of_every_token_in_turn(family, autocast):
+    model, text, grid = thinking_case(family)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        for seed in range(3):  # each captures anew, in memory that others have left
+            options = dict(temperature=1.0, seed=seed, row_offset=2**33, last=None if seed else 9)
+            expected = think(model, text, grid, **options)
+            assert torch.equal(think(model, text, grid, **options, cuda_graph=True), expected)
+    assert expected.unique().numel() > 5
+
+
+def test_a_training_step_with_a_graph_is_that_without():
+    """What autocast keeps of the weights is not lost to the memory of the graph."""
+    results = []
+    for cuda_graph in (False, True):
+        model, text, _ = thinking_case()
+        for seed in range(3):
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                output = Objective(seed=seed, cuda_graph=cuda_graph)(model, text.tokens)
+            output.loss.backward()
+        gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+        results.append((output.thoughts, output.loss, gradients))
+    (thoughts, loss, gradients), (thoughts_there, loss_there, gradients_there) = results
+    assert torch.equal(thoughts, thoughts_there)
+    assert torch.equal(loss, loss_there)
+    assert gradients.keys() == gradients_there.keys()
+    for name, x in gradients.items():
+        assert relative_error(gradients_there[name], x) < 1e-5, name  # an embedding's gradient has no fixed order
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True], ids=["every token", "graph"])
+def test_the_host_never_waits_while_thinking(cuda_graph):
+    model, text, grid = thinking_case()
+    options = dict(temperature=1.0, cuda_graph=cuda_graph)
+    expected = think(model, text, grid, **options)  # which compiles kernels, and checks ids that are new
+    with refused_waits():
+        thoughts = think(model, text, grid, **options)
+    assert torch.equal(thoughts, expected)
+
+
+def test_a_model_s_graphs_share_their_memory():
+    model, text, grid = thinking_case()
+    reserved = []
+    for seed in range(6):
+        think(model, text, grid, temperature=1.0, seed=seed, cuda_graph=True)
+        reserved.append(torch.cuda.memory_reserved())
+    assert len(set(reserved[1:])) == 1
+
+
+def test_what_waits_cannot_be_captured():
+    """It is refused with a reason, and the GPU works on."""
+    model, text, grid = thinking_case()
+    with torch.no_grad():
+        say_next = Thinking(model, text, grid, 50, temperature=1.0, seed=0, row_offset=0)
+        say_next()
+        with pytest.raises(ValueError, match="cuda_graph is True, but thinking cannot be captured: the model waits"):
+            capture.capture(lambda: (say_next(), say_next.tokens.tolist()), model, text.tokens.device)
+    expected = think(model, text, grid, temperature=1.0)
+    assert torch.equal(think(model, text, grid, temperature=1.0, cuda_graph=True), expected)
 
 
 def test_compiled_by_inductor():

@@ -279,6 +279,17 @@ def test_held_out_text_is_evaluated_at_the_end(tmp_path):
     assert records(result.folder)[-1]["eval_nll_talk"] == pytest.approx(expected.nll_talk, rel=1e-5)
 
 
+def test_a_graph_is_refused_without_a_gpu(tmp_path):
+    why = "cuda_graph is True, but thinking cannot be captured: the text is on cpu"
+    settings = dict(cuda_graph=True, use_cpu=True)
+    with pytest.raises(ValueError, match=why):
+        tiny_train(tmp_path / "run", **settings)
+    args = QuietStarArguments(str(tmp_path), **QUIET, **settings)
+    trainer = QuietStarTrainer(tiny.thinking_model(thought_tokens=2, ahead_tokens=1), args)
+    with pytest.raises(ValueError, match=why):
+        trainer.evaluate([dict(input_ids=[5, 6, 7], position_ids=[0, 1, 2])])
+
+
 def test_the_embedded_default_refuses_what_it_would_ignore():
     with pytest.raises(ValueError, match="resume_from_checkpoint is True, but the embedded default takes none"):
         train(resume_from_checkpoint=True)

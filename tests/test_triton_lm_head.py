@@ -304,6 +304,24 @@ def test_draws_are_those_of_the_other_backends(options):
     assert_close(log_prob, wanted[1])
 
 
+@pytest.mark.parametrize(("seed", "step"), [(-7, 2**63 + 5), (2**64 - 1, 2**32 + 1), (2**31 - 1, 0)])
+def test_draws_of_a_seed_and_a_step_on_the_device(seed, step):
+    """Bit for bit those of integers, which the kernel takes in 32 bits where they fit."""
+    tensors, _ = head_inputs(9, 300, 16, bias=False)
+    on_device = {
+        name: torch.tensor(fused.signed(value), device=DEVICE) for name, value in (("seed", seed), ("step", step))
+    }
+    for options in ({}, {"temperature": 0.6}, {"temperature": 0.0}):
+        wanted = sample_linear(*tensors, seed=seed, step=step, backend="triton", **options)
+        for given in (on_device, {"seed": seed, "step": on_device["step"]}):
+            drawn = sample_linear(*tensors, **given, backend="triton", **options)
+            assert all(torch.equal(mine, other) for mine, other in zip(drawn, wanted, strict=True))
+    narrow = torch.tensor(-7, dtype=torch.int32, device=DEVICE), torch.tensor(3, dtype=torch.int32, device=DEVICE)
+    wanted = sample_linear(*tensors, seed=-7, step=3, backend="triton")
+    drawn = sample_linear(*tensors, seed=narrow[0], step=narrow[1], backend="triton")
+    assert torch.equal(drawn[0], wanted[0])
+
+
 def test_the_arg_max_is_the_lowest_id_among_equals():
     hidden, weight = torch.ones(1, 1, device=DEVICE), torch.zeros(400, 1, device=DEVICE)
     weight[[131, 140, 300, 390]] = 1.0

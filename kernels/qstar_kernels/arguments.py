@@ -53,6 +53,24 @@ def check_integer(name: str, value: object, *, at_least: int | None = None) -> N
         raise ValueError(f"{name} is {value}, but it must be at least {at_least}")
 
 
+def integer_or_tensor(
+    name: str, value: object, readable_on: torch.device | None, *, at_least: int | None = None
+) -> int | Tensor:
+    """A checked integer, or unchecked a tensor without dimensions that lies on the device whose kernels can read it.
+
+    From any other device it is read here, which waits for that device.
+    """
+    if isinstance(value, Tensor):
+        if value.dim():
+            raise ValueError(f"{name} has shape {list(value.shape)}, but it must be a tensor without dimensions")
+        check_tensor(name, value, "[]", (), INTEGER)
+        if value.device == readable_on:
+            return value
+        value = int(value)
+    check_integer(name, value, at_least=at_least)
+    return value
+
+
 def choose_backend(
     backend: object, *, on_gpu: bool = False, triton_refusal: Callable[[], str | None] | None = None
 ) -> str:

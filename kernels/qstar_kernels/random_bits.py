@@ -13,7 +13,10 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 LOW_32 = 0xFFFFFFFF
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+Key = tuple[int, int] | tuple[Tensor, Tensor]
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Key) -> tuple[Tensor, ...]:
     """Four words of 32 random bits, as int64, for every counter (four words of 32 bits, as int64)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -31,13 +34,18 @@ def uniform(high: Tensor, low: Tensor) -> Tensor:
     return ((high << 21) | (low >> 11)).double() * 2.0**-53
 
 
-def row_uniforms(seed: int, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+def words_of(value: int | Tensor) -> Key:
+    """The low and the high 32 of an integer's 64 bits; of a negative one, as of a tensor, those of two's complement."""
+    value = value.long() if isinstance(value, Tensor) else value
+    return value & LOW_32, value >> 32 & LOW_32
+
+
+def row_uniforms(seed: int | Tensor, step: int | Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Two float64 uniforms on [0, 1), multiples of 2^-53, for every row.
 
     key = (seed low 32 bits, seed high 32 bits), counter = (row low, row high, step low, step high); words (w0, w1) make
     the first :func:`uniform` and (w2, w3) the second.
     """
-    step_words = (torch.full_like(rows, step & LOW_32), torch.full_like(rows, step >> 32 & LOW_32))
-    key = (seed & LOW_32, seed >> 32 & LOW_32)
-    w0, w1, w2, w3 = philox4x32((rows & LOW_32, rows >> 32 & LOW_32, *step_words), key)
+    zeros = torch.zeros_like(rows)
+    w0, w1, w2, w3 = philox4x32((*words_of(rows), *(zeros + word for word in words_of(step))), words_of(seed))
     return uniform(w0, w1), uniform(w2, w3)

@@ -90,7 +90,8 @@ def build_launch(
     if kernel == "gradient":
         d_logits = y.view(dtype)[:, : shape.vocabulary]
         return head.gradient_launch(y, values(torch.int64), values(), extra, extra, values(), d_logits)
-    draws = fused.TritonDraws(head, logit_map, 1.0, 2**40, 3)
+    step = torch.zeros((), dtype=torch.int64, device=device) if rules else 3
+    draws = fused.TritonDraws(head, logit_map, 1.0, 2**40, step)
     return draws.launches(y, 0, values(torch.int64), values())[kernel == "draw"]
 
 

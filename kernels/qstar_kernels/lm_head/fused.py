@@ -202,7 +202,9 @@ class TritonRows:
 class TritonDraws:
     """Draws from chunks of logits; the twin of ``sample.TorchDraws``."""
 
-    def __init__(self, head: TritonRows, logit_map: LogitMap, temperature: float, seed: int, step: int):
+    def __init__(
+        self, head: TritonRows, logit_map: LogitMap, temperature: float, seed: int | Tensor, step: int | Tensor
+    ):
         self.head = head
         self.seed, self.step = signed(seed), signed(step)
         self.greedy = temperature == 0
@@ -233,6 +235,8 @@ class TritonDraws:
             "step": self.step,
             "first_row": first_row,
             "GREEDY": self.greedy,
+            "SEED_IN_MEMORY": isinstance(self.seed, Tensor),
+            "STEP_IN_MEMORY": isinstance(self.step, Tensor),
         }
         return [
             self.head.launch("weigh_tiles", weigh_tiles_kernel, y, masses),
@@ -240,6 +244,6 @@ class TritonDraws:
         ]
 
 
-def signed(value: int) -> int:
+def signed(value: int | Tensor) -> int | Tensor:
     """The low 64 bits as the kernels take them."""
-    return (value + 2**63) % 2**64 - 2**63
+    return value if isinstance(value, Tensor) else (value + 2**63) % 2**64 - 2**63

@@ -20,9 +20,10 @@ from qstar_kernels.lm_head.logits import (
     accumulator_dtype,
     add_product,
     check_head,
-    check_ids,
+    check_targets,
     logit_chunks,
     product,
+    rows_of,
     without_autocast,
 )
 from qstar_kernels.lm_head.rows import make_rows, triton_refusal
@@ -74,11 +75,13 @@ def score_rows(hidden, head, rows, targets, log_prob: Tensor, entropy: Tensor | 
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, forbidden, ignore_index, want_entropy, backend, *head_options):
+    def forward(
+        ctx, hidden, weight, bias, targets, rows, forbidden, ignore_index, want_entropy, backend, *head_options
+    ):
         head = make_rows(backend, weight, bias, forbidden, *head_options)
         log_prob = hidden.new_zeros(len(hidden), dtype=accumulator_dtype(hidden))
         entropy = torch.zeros_like(log_prob) if want_entropy else None
-        score_rows(hidden, head, (targets != ignore_index).nonzero().squeeze(1), targets, log_prob, entropy)
+        score_rows(hidden, head, rows, targets, log_prob, entropy)
         if any(ctx.needs_input_grad):
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(hidden, weight, bias, targets, forbidden, entropy)
@@ -89,7 +92,7 @@ class _LinearLogProb(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_log_prob, d_entropy=None):
         if d_log_prob is None and d_entropy is None:
-            return (None,) * 10
+            return (None,) * 11
         hidden, weight, bias, targets, forbidden, entropy = ctx.saved_tensors
         if d_log_prob is None:
             d_log_prob = torch.zeros_like(d_entropy)
@@ -101,19 +104,18 @@ class _LinearLogProb(torch.autograd.Function):
             hidden, head, rows, targets, d_log_prob, needs, hidden.dtype, d_entropy=d_entropy, entropy=entropy
         )
         inputs = zip(grads, (hidden, weight, bias), strict=True)
-        return *(None if grad is None else grad.to(x.dtype) for grad, x in inputs), *(None,) * 7
+        return *(None if grad is None else grad.to(x.dtype) for grad, x in inputs), *(None,) * 8
 
 
-def check_rows(
+def check_scored(
     hidden, weight, targets, bias, temperature, logit_scale, softcap, forbidden, ignore_index, product_dtype
 ) -> torch.dtype:
-    """Check the arguments of a scored head; returns the dtype of the products."""
+    """Check what a scored head is given, all but the ids; returns the dtype of the products."""
     product_dtype = check_head(hidden, weight, bias, forbidden, logit_scale, softcap, product_dtype)
     check_tensor("targets", targets, "[R]", (hidden.shape[0],), (torch.int64,))
     check_alike("targets", targets, "hidden", hidden, dtype=False)
     check_number("temperature", temperature, at_least=LEAST_TEMPERATURE)
     check_integer("ignore_index", ignore_index)
-    check_ids(weight.shape[0], forbidden, targets, ignore_index)
     return product_dtype
 
 
@@ -164,9 +166,11 @@ def linear_log_prob(
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; a target is neither in
             ``[0, V)`` nor ``ignore_index``, or it is forbidden; a named backend cannot run on these tensors.
     """
-    product_dtype = check_rows(
+    product_dtype = check_scored(
         hidden, weight, targets, bias, temperature, logit_scale, softcap, forbidden, ignore_index, product_dtype
     )
+    scored = targets != ignore_index
+    (count,) = check_targets(weight.shape[0], targets, forbidden, ignore_index, scored)
     chosen = choose_backend(backend, on_gpu=hidden.is_cuda, triton_refusal=lambda: triton_refusal("hidden", hidden))
     if chosen == "reference":
         with without_autocast(hidden):
@@ -183,6 +187,5 @@ def linear_log_prob(
                 return_entropy=return_entropy,
             )
     logit_map = LogitMap(temperature, logit_scale, softcap)
-    return _LinearLogProb.apply(
-        hidden, weight, bias, targets, forbidden, ignore_index, bool(return_entropy), chosen, logit_map, product_dtype
-    )
+    options = (forbidden, ignore_index, bool(return_entropy), chosen, logit_map, product_dtype)
+    return _LinearLogProb.apply(hidden, weight, bias, targets, rows_of(scored, count), *options)

@@ -9,15 +9,13 @@ backward are the gradients.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qstar_kernels.arguments import check_alike, check_tensor, choose_backend
-from qstar_kernels.lm_head.log_prob import check_rows, differentiate, linear_log_prob, score_rows
-from qstar_kernels.lm_head.logits import LogitMap, accumulator_dtype
+from qstar_kernels.lm_head.log_prob import check_scored, differentiate, linear_log_prob, score_rows
+from qstar_kernels.lm_head.logits import LogitMap, accumulator_dtype, check_targets, rows_of
 from qstar_kernels.lm_head.rows import make_rows, triton_refusal
 
 FLOAT16_HEADROOM = 8  # bits by which a weight exceeds what gradients are multiples of
@@ -25,10 +23,8 @@ FLOAT16_HEADROOM = 8  # bits by which a weight exceeds what gradients are multip
 
 class _LinearLogProbSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, row_weight, forbidden, ignore_index, backend, *head_options):
+    def forward(ctx, hidden, weight, bias, targets, row_weight, idle, rows, forbidden, backend, *head_options):
         head = make_rows(backend, weight, bias, forbidden, *head_options)
-        scored = targets != ignore_index
-        idle, rows = (x.nonzero().squeeze(1) for x in (scored & (row_weight == 0), scored & (row_weight != 0)))
         needs = ctx.needs_input_grad[:3]
         ctx.unit = gradient_unit(row_weight, rows, head_options[-1])
         log_prob = torch.zeros_like(row_weight, memory_format=torch.contiguous_format)
@@ -46,18 +42,19 @@ class _LinearLogProbSum(torch.autograd.Function):
     def backward(ctx, d_total, _):
         factor = d_total * ctx.unit
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if grad is None else scaled(grad, factor, dtype) for grad, dtype in saved), *(None,) * 7
+        return *(None if grad is None else scaled(grad, factor, dtype) for grad, dtype in saved), *(None,) * 8
 
 
-def gradient_unit(row_weight: Tensor, rows: Tensor, product_dtype: torch.dtype) -> float:
-    """What the gradients are multiples of until the backward, a power of two.
+def gradient_unit(row_weight: Tensor, rows: Tensor, product_dtype: torch.dtype) -> float | Tensor:
+    """What the gradients are multiples of until the backward, a power of two; found without waiting for the device.
 
     A float16 one would be lost where a loss scale, which comes with the backward, comes too late.
     """
     if product_dtype != torch.float16 or not len(rows):
         return 1.0
-    largest = row_weight[rows].abs().max().item()
-    return 2.0 ** (math.frexp(largest)[1] - FLOAT16_HEADROOM) if math.isfinite(largest) else 1.0
+    largest = row_weight[rows].abs().max()
+    unit = largest / (largest.frexp().mantissa * 2.0**FLOAT16_HEADROOM)  # exact, as 2 to a power need not be on a GPU
+    return torch.where(largest.isfinite(), unit, 1.0)
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,7 +96,7 @@ def linear_log_prob_sum(
     Raises:
         TypeError, ValueError: as ``linear_log_prob``.
     """
-    product_dtype = check_rows(
+    product_dtype = check_scored(
         hidden, weight, targets, bias, temperature, logit_scale, softcap, forbidden, ignore_index, product_dtype
     )
     check_tensor("row_weight", row_weight, "[R]", (hidden.shape[0],), (accumulator_dtype(hidden),))
@@ -122,7 +119,9 @@ def linear_log_prob_sum(
             backend=chosen,
         )
         return (log_prob * row_weight).sum(), log_prob.detach()
-    logit_map = LogitMap(temperature, logit_scale, softcap)
-    return _LinearLogProbSum.apply(
-        hidden, weight, bias, targets, row_weight, forbidden, ignore_index, chosen, logit_map, product_dtype
-    )
+    scored = targets != ignore_index
+    masks = scored & (row_weight == 0), scored & (row_weight != 0)
+    counts = check_targets(weight.shape[0], targets, forbidden, ignore_index, *masks)
+    idle, rows = map(rows_of, masks, counts)
+    options = (forbidden, chosen, LogitMap(temperature, logit_scale, softcap), product_dtype)
+    return _LinearLogProbSum.apply(hidden, weight, bias, targets, row_weight, idle, rows, *options)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qstar_kernels.arguments import check_alike, check_number, check_tensor
 
@@ -121,24 +122,49 @@ def check_head(
     return product_dtype
 
 
-def check_ids(
-    vocabulary: int, forbidden: Tensor | None, targets: Tensor | None = None, ignore_index: int = -100
-) -> None:
-    """Check token ids; the device is waited for once."""
+def is_outside(ids: Tensor, vocabulary: int) -> Tensor:
+    return (ids < 0) | (ids >= vocabulary)
 
-    def outside(ids: Tensor) -> Tensor:
-        return (ids < 0) | (ids >= vocabulary)
 
-    faults = []
-    if targets is not None:
-        scored = targets != ignore_index
-        faults.append(("targets", targets, scored & outside(targets), f"in [0, {vocabulary}) or {ignore_index}"))
-    if forbidden is not None:
-        faults.append(("forbidden", forbidden, outside(forbidden), f"in [0, {vocabulary})"))
-        if targets is not None:
-            faults.append(("targets", targets, scored & torch.isin(targets, forbidden), "none of the forbidden ids"))
-    if faults and any(torch.stack([fault.any() for _, _, fault, _ in faults]).tolist()):
-        name, ids, fault, wanted = next(entry for entry in faults if entry[2].any())
-        raise ValueError(f"{name} holds {ids[fault][0].item()}, but its ids must be {wanted}")
-    if forbidden is not None and len(forbidden) >= vocabulary and len(forbidden.unique()) == vocabulary:
+_accepted = WeakTensorKeyDictionary()  # what check_forbidden has let pass: a version of a tensor, and its vocabulary
+
+
+def check_forbidden(vocabulary: int, forbidden: Tensor | None) -> None:
+    """Check ids that are never drawn: the device is waited for when a tensor is new, and after it was written to.
+
+    A tensor that comes again as it was, as for every token of a thought, is known by its version, which torch counts
+    up with every write; what is written behind torch's back, through ``.data`` or NumPy, is not seen.
+    """
+    if forbidden is None:
+        return
+    accepted = None if forbidden.is_inference() else (forbidden._version, vocabulary)
+    if accepted is not None and _accepted.get(forbidden) == accepted:
+        return
+    outside = is_outside(forbidden, vocabulary)
+    if outside.any():
+        raise ValueError(f"forbidden holds {forbidden[outside][0].item()}, but its ids must be in [0, {vocabulary})")
+    if len(forbidden) >= vocabulary and len(forbidden.unique()) == vocabulary:
         raise ValueError(f"forbidden holds all {vocabulary} ids, but it must leave at least one token")
+    if accepted is not None:
+        _accepted[forbidden] = accepted
+
+
+def check_targets(
+    vocabulary: int, targets: Tensor, forbidden: Tensor | None, ignore_index: int, *counted: Tensor
+) -> list[int]:
+    """Check token ids, and count the rows of the masks ``counted``: the device is waited for once for all of it."""
+    check_forbidden(vocabulary, forbidden)
+    scored = targets != ignore_index
+    faults = [(scored & is_outside(targets, vocabulary), f"in [0, {vocabulary}) or {ignore_index}")]
+    if forbidden is not None:
+        faults.append((scored & torch.isin(targets, forbidden), "none of the forbidden ids"))
+    counts = torch.stack([mask.sum() for mask in (*counted, *(fault for fault, _ in faults))]).tolist()
+    for (fault, wanted), found in zip(faults, counts[len(counted) :], strict=True):
+        if found:
+            raise ValueError(f"targets holds {targets[fault][0].item()}, but its ids must be {wanted}")
+    return counts[: len(counted)]
+
+
+def rows_of(mask: Tensor, count: int) -> Tensor:
+    """The rows ``[count]`` where ``mask [R]`` is true, in order; no wait for the device, which has counted them."""
+    return torch.nonzero_static(mask, size=count).squeeze(1)

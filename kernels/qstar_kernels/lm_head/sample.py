@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from qstar_kernels import reference
-from qstar_kernels.arguments import check_integer, check_number, choose_backend
+from qstar_kernels.arguments import check_integer, check_number, choose_backend, integer_or_tensor
 from qstar_kernels.lm_head.logits import (
     LEAST_TEMPERATURE,
     LogitMap,
     accumulator_dtype,
+    check_forbidden,
     check_head,
-    check_ids,
     logit_chunks,
     without_autocast,
 )
@@ -50,7 +50,9 @@ def _draw(p: Tensor, tile_uniform: Tensor, column_uniform: Tensor) -> Tensor:
 class TorchDraws:
     """Draws from chunks of logits; one buffer serves all."""
 
-    def __init__(self, vocabulary: int, logit_map: LogitMap, temperature: float, seed: int, step: int):
+    def __init__(
+        self, vocabulary: int, logit_map: LogitMap, temperature: float, seed: int | Tensor, step: int | Tensor
+    ):
         self.last = vocabulary - 1
         self.temperature, self.log_prob_temperature = temperature, logit_map.temperature
         self.seed, self.step = seed, step
@@ -97,8 +99,8 @@ def sample_linear(
     hidden: Tensor,
     weight: Tensor,
     *,
-    seed: int,
-    step: int = 0,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
     row_offset: int = 0,
     bias: Tensor | None = None,
     temperature: float = 1.0,
@@ -119,8 +121,10 @@ def sample_linear(
     Args:
         hidden: ``[R, E]``, float64, float32, bfloat16 or float16.
         weight: ``[V, E]``, the dtype of ``hidden``, that of the products, or float32 beside 16-bit ``hidden``.
-        seed: any integer of 64 bits, signed or not.
-        step: at least 0, below 2^64: draws of different steps are independent.
+        seed: any integer of 64 bits, signed or not; or an int64 or int32 tensor without dimensions, the same draws as
+            those of its value. On the device of ``hidden`` it is read there, and the host need not wait for it.
+        step: at least 0, below 2^64: draws of different steps are independent. Or a tensor as for ``seed``; on the
+            device of ``hidden`` its value is not checked, and its 64 bits count without a sign.
         row_offset: at least 0: the number of the first row among all rows that share ``seed`` and ``step``.
         bias: ``[V]``, a dtype that ``weight`` may have.
         temperature: at least 1e-6, or 0, which takes the arg-max, the lowest id among equals.
@@ -141,21 +145,21 @@ def sample_linear(
             on these tensors.
     """
     product_dtype = check_head(hidden, weight, bias, forbidden, logit_scale, softcap, product_dtype)
-    check_integer("seed", seed)
-    check_integer("step", step, at_least=0)
+    seed = integer_or_tensor("seed", seed, hidden.device)
+    step = integer_or_tensor("step", step, hidden.device, at_least=0)
     check_integer("row_offset", row_offset, at_least=0)
     for name, value, low, high in (
         ("seed", seed, -(2**63), 2**64),
         ("step", step, 0, 2**64),
         ("row_offset", row_offset, 0, 2**63 - len(hidden)),
     ):
-        if not low <= value < high:
+        if not isinstance(value, Tensor) and not low <= value < high:
             raise ValueError(f"{name} is {value}, but it must be in [{low}, {high})")
     check_number("temperature", temperature, at_least=0.0)
     if 0 < temperature < LEAST_TEMPERATURE:
         raise ValueError(f"temperature is {temperature}, but it must be 0 or at least {LEAST_TEMPERATURE}")
     check_number("log_prob_temperature", log_prob_temperature, at_least=LEAST_TEMPERATURE)
-    check_ids(weight.shape[0], forbidden)
+    check_forbidden(weight.shape[0], forbidden)
     chosen = choose_backend(backend, on_gpu=hidden.is_cuda, triton_refusal=lambda: triton_refusal("hidden", hidden))
 
     with without_autocast(hidden):

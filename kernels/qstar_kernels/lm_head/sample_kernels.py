@@ -109,7 +109,8 @@ def threshold(u, total):
 def draw_kernel(
     logits, bias, tops, masses, draw_masses, tokens, log_prob, vocabulary, width, tiles, gain, cap, ratio,
     unit, seed, step, first_row,
-    GREEDY: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    GREEDY: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr, TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """What :func:`weigh_tiles_kernel` found of logits [R, V] -> tokens [R], log_prob [R]."""
     row = tl.cast(tl.program_id(0), tl.int64)
@@ -135,6 +136,10 @@ def draw_kernel(
         y = load_logits(logits, bias, tile * TILE + inside, vocabulary, width, gain, cap)
         column = tl.min(tl.where(y == tl.max(y, 0), inside, TILE - 1), 0)
     else:
+        if SEED_IN_MEMORY:
+            seed = tl.load(seed)
+        if STEP_IN_MEMORY:
+            step = tl.load(step)
         tile_uniform, column_uniform = row_uniforms(
             tl.cast(seed, tl.int64), tl.cast(step, tl.int64), tl.cast(first_row, tl.int64) + row
         )

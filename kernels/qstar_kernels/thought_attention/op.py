@@ -13,6 +13,7 @@ from qstar_kernels.arguments import (
     check_number,
     check_tensor,
     choose_backend,
+    integer_or_tensor,
 )
 from qstar_kernels.thought_attention.registered import ops
 
@@ -167,14 +168,9 @@ def check_heads(q: Tensor, name: str, k: Tensor, v: Tensor) -> None:
 
 def check_step(step: object, tokens: int, readable_on: torch.device | None) -> tuple[int | None, Tensor | None]:
     """The checked step as an int, or as a tensor where that lies on the device whose kernel can read it."""
+    step = integer_or_tensor("step", step, readable_on, at_least=0)
     if isinstance(step, Tensor):
-        if step.dim():
-            raise ValueError(f"step has shape {list(step.shape)}, but it must be a tensor without dimensions")
-        check_tensor("step", step, "[]", (), INTEGER)
-        if step.device == readable_on:
-            return None, step
-        step = int(step)
-    check_integer("step", step, at_least=0)
+        return None, step
     if step >= tokens:
         raise ValueError(f"step is {step}, but it must be below the {tokens} tokens of k_thought")
     return step, None
