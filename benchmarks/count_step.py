@@ -4,8 +4,8 @@
 
 Products are those of bench_llama_step.py. The other operations of a layer (norms, rotary embeddings, activations, sums,
 casts of autocast) are bound by memory: their inputs and outputs are added up while the layer runs once on short texts.
-What the weights cost, whatever the length, and what each token costs are told apart by two lengths, layers from the rest
-of the model by two depths. Attention's own bytes, the head's and the optimizer's are not among them.
+What the weights cost and what each token costs are told apart by two lengths, layers from the rest of the model by two
+depths. Attention's own bytes, the head's and the optimizer's are not among them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bytes of a training step add up as benchmarks/count_step.py says: so much a layer, so much a token of each layer."""
+"""The bytes of a training step add up as benchmarks/count_step.py says: so much a layer, and so much a token of it."""
 
 import sys
 from importlib import import_module
