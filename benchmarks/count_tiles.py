@@ -93,7 +93,7 @@ def main() -> None:
     print("| N | T | D | forward: TFLOP | GB | multiplied / counted | backward: multiplied / counted |")
     print("|---|---|---|---|---|---|---|")
     for case in GPU_CASES:
-        if options.hopper and case.width not in TILES["hopper_forward"]:
+        if options.hopper and not all(case.width in by_width for by_width in TILES.values()):
             continue
         counted = case.pairs / (case.batch * case.kv_heads)
         forward, backward = count_pairs(case, options.architecture, options.hopper)

@@ -13,6 +13,7 @@ from qstar_kernels.testing import AttentionCase, assert_close, attention_inputs
 
 pytest.importorskip("triton")
 emulator = import_module("gluon_emulator")
+cases = import_module("qstar_kernels.thought_attention.cases")
 fused = import_module("qstar_kernels.thought_attention.fused")
 hopper = import_module("qstar_kernels.thought_attention.hopper.launches")
 tiles = import_module("qstar_kernels.thought_attention.tiles")
@@ -100,6 +101,14 @@ def test_equals_reference(used, case):
     assert (ours[1] - expected[1]).abs().max() < 1e-5
     for name, x, y in zip(("dq", "dk", "dv"), ours[2:], expected[2:], strict=True):
         assert_close(x, y, gradient=True, name=name)
+
+
+def test_rows_that_only_the_forward_takes(used):
+    with cases.all_for_hopper(256):
+        ours, expected = results(SMALL._replace(positions=11, heads=2, width=256, value_width=256))
+    assert used[0] is hopper.forward_kernel and used[1] is fused.query_gradient_kernel
+    for x, y, gradient in zip(ours, expected, (False, False, True, True, True), strict=True):
+        assert_close(x.bfloat16(), y, gradient=gradient)
 
 
 def test_half_precision_and_heads_outside_slots(used):

@@ -68,10 +68,10 @@ def otherwise_plain(kernel: str) -> Iterator[None]:
 
 @contextmanager
 def all_for_hopper(width: int) -> Iterator[None]:
-    """Inside, calls with rows of ``width`` values go to the Hopper kernels, with the first of their tiles."""
+    """Inside, calls with rows of ``width`` values go to the Hopper kernels that take them, with their first tiles."""
     with ExitStack() as stack:
         for kernel, by_width in hopper.TILES.items():
-            stack.enter_context(TABLE.trying(kernel, by_width[width][0]))
+            stack.enter_context(TABLE.trying(kernel, by_width[width][0] if width in by_width else None))
         yield
 
 
