@@ -14,32 +14,13 @@ from qstar_kernels.thought_attention.hopper.ring import (
     LOG2E,
     Grid,
     await_tile,
-    fill,
-    fill_keys,
+    feed_queries,
     make_ring,
+    own_cells,
     query_work,
     release,
+    whole_tiles,
 )
-
-
-@gluon.jit
-def produce(
-    q, k_grid, v_grid, k_text, v_text, q_ring, k_ring, v_ring, works, grid,
-    ROWS: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr, HAS_OWN: gl.constexpr,
-):  # fmt: skip
-    HALF: gl.constexpr = ROWS // 2 // GROUP
-    row_item = 0
-    key_item = 0
-    for work in range(gl.program_id(0), works, gl.num_programs(0)):
-        pair, first_cell, own_begin, own_tiles, text_tiles = query_work(work, grid, 2 * HALF, KEYS)
-        batch = pair // grid.kv_heads
-        head = pair % grid.kv_heads
-        fill(q_ring, row_item, q, [batch, first_cell, head * GROUP, 0])
-        fill(q_ring, row_item + 1, q, [batch, first_cell + HALF, head * GROUP, 0])
-        row_item += 2
-        if HAS_OWN:
-            key_item = fill_keys(k_ring, v_ring, key_item, k_grid, v_grid, batch, head, own_tiles, own_begin, KEYS)
-        key_item = fill_keys(k_ring, v_ring, key_item, k_text, v_text, batch, head, text_tiles, 0, KEYS)
 
 
 @gluon.jit
@@ -96,9 +77,7 @@ def consume(
         top = gl.full([HALF], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
         q_tile = await_tile(q_ring, row_item, HALF, D)
         if HAS_OWN:
-            slot = cell % grid.slots
-            first = cell - gl.maximum(slot - 1, 0) % grid.tokens
-            last = gl.where(slot > 0, cell, -1)
+            first, last = own_cells(cell, grid)
             acc, total, top, key_item = attend(
                 acc, total, top, q_tile, k_ring, v_ring, key_item, own_tiles, own_begin, scale, first, last,
                 MASKED=True, HALF=HALF, KEYS=KEYS, D=D,
@@ -106,7 +85,7 @@ def consume(
         # By now the output of the rows before has left its place.
         tma.store_wait(0)
         release(q_ring, row_item - 2, pred=row_item >= 2)
-        full_tiles = gl.minimum((first_cell // grid.slots + 1) // KEYS, text_tiles)
+        full_tiles = whole_tiles(first_cell, text_tiles, grid, KEYS)
         acc, total, top, key_item = attend(
             acc, total, top, q_tile, k_ring, v_ring, key_item, full_tiles, 0, scale, position, position,
             MASKED=False, HALF=HALF, KEYS=KEYS, D=D,
@@ -148,10 +127,11 @@ def forward_kernel(
             (consume, (0, out, lse, q_ring, k_ring, v_ring, works, grid, scale, ROWS, GROUP, KEYS, HAS_OWN, D)),
             (consume, (1, out, lse, q_ring, k_ring, v_ring, works, grid, scale, ROWS, GROUP, KEYS, HAS_OWN, D)),
             (
-                produce,
-                (q, k_grid, v_grid, k_text, v_text, q_ring, k_ring, v_ring, works, grid, ROWS, GROUP, KEYS, HAS_OWN),
+                feed_queries,
+                (q, None, k_grid, v_grid, k_text, v_text, q_ring, None, k_ring, v_ring, works, grid,
+                 ROWS, GROUP, KEYS, HAS_OWN),
             ),
         ],
         worker_num_warps=[4, 1],
         worker_num_regs=[240, 24],
-    )
+    )  # fmt: skip

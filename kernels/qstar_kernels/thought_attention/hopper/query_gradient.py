@@ -17,33 +17,13 @@ from qstar_kernels.thought_attention.hopper.ring import (
     LOG2E,
     Grid,
     await_tile,
-    fill,
-    fill_keys,
+    feed_queries,
     make_ring,
+    own_cells,
     query_work,
     release,
+    whole_tiles,
 )
-
-
-@gluon.jit
-def produce(
-    q, do, k_grid, v_grid, k_text, v_text, q_ring, do_ring, k_ring, v_ring, works, grid,
-    ROWS: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr, HAS_OWN: gl.constexpr,
-):  # fmt: skip
-    HALF: gl.constexpr = ROWS // 2 // GROUP
-    row_item = 0
-    key_item = 0
-    for work in range(gl.program_id(0), works, gl.num_programs(0)):
-        pair, first_cell, own_begin, own_tiles, text_tiles = query_work(work, grid, 2 * HALF, KEYS)
-        batch = pair // grid.kv_heads
-        head = pair % grid.kv_heads
-        for half in gl.static_range(2):
-            fill(do_ring, row_item + half, do, [batch, first_cell + half * HALF, head * GROUP, 0])
-            fill(q_ring, row_item + half, q, [batch, first_cell + half * HALF, head * GROUP, 0])
-        row_item += 2
-        if HAS_OWN:
-            key_item = fill_keys(k_ring, v_ring, key_item, k_grid, v_grid, batch, head, own_tiles, own_begin, KEYS)
-        key_item = fill_keys(k_ring, v_ring, key_item, k_text, v_text, batch, head, text_tiles, 0, KEYS)
 
 
 @gluon.jit
@@ -125,9 +105,7 @@ def consume(
         q_tile = await_tile(q_ring, row_item, HALF, D)
         acc = gl.zeros([HALF, D], gl.float32, OUT)
         if HAS_OWN:
-            slot = cell % grid.slots
-            first = cell - gl.maximum(slot - 1, 0) % grid.tokens
-            last = gl.where(slot > 0, cell, -1)
+            first, last = own_cells(cell, grid)
             acc, key_item = add_query_gradient(
                 acc, q_tile, do_tile, row_lse, row_delta, k_ring, v_ring, key_item, own_tiles, own_begin,
                 scale * LOG2E, first, last, MASKED=True, HALF=HALF, KEYS=KEYS, D=D,
@@ -135,7 +113,7 @@ def consume(
         # By now the gradient of the rows before has left its place.
         tma.store_wait(0)
         release(q_ring, row_item - 2, pred=row_item >= 2)
-        full_tiles = gl.minimum((first_cell // grid.slots + 1) // KEYS, text_tiles)
+        full_tiles = whole_tiles(first_cell, text_tiles, grid, KEYS)
         acc, key_item = add_query_gradient(
             acc, q_tile, do_tile, row_lse, row_delta, k_ring, v_ring, key_item, full_tiles, 0, scale * LOG2E, position,
             position, MASKED=False, HALF=HALF, KEYS=KEYS, D=D,
@@ -181,7 +159,7 @@ def query_gradient_kernel(
                  ROWS, GROUP, KEYS, HAS_OWN, D),
             ),
             (
-                produce,
+                feed_queries,
                 (q, do, k_grid, v_grid, k_text, v_text, q_ring, do_ring, k_ring, v_ring, works, grid,
                  ROWS, GROUP, KEYS, HAS_OWN),
             ),

@@ -94,3 +94,40 @@ def fill_keys(k_ring, v_ring, item, k, v, batch, head, tiles, start, KEYS: gl.co
         fill(v_ring, item, v, [batch, head, start + tile * KEYS, 0])
         item += 1
     return item
+
+
+@gluon.jit
+def own_cells(cell, grid):
+    """First and last cell whose keys a row of ``cell`` sees among the thoughts; text rows have none."""
+    slot = cell % grid.slots
+    return cell - gl.maximum(slot - 1, 0) % grid.tokens, gl.where(slot > 0, cell, -1)
+
+
+@gluon.jit
+def whole_tiles(first_cell, text_tiles, grid, KEYS: gl.constexpr):
+    """How many of the text's tiles every row from ``first_cell`` on sees whole."""
+    return gl.minimum((first_cell // grid.slots + 1) // KEYS, text_tiles)
+
+
+@gluon.jit
+def feed_queries(
+    q, do, k_grid, v_grid, k_text, v_text, q_ring, do_ring, k_ring, v_ring, works, grid,
+    ROWS: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr, HAS_OWN: gl.constexpr,
+):  # fmt: skip
+    """The producer of what goes by tiles of rows: q, and do unless that is None, then the keys that they meet."""
+    HALF: gl.constexpr = ROWS // 2 // GROUP
+    row_item = 0
+    key_item = 0
+    for work in range(gl.program_id(0), works, gl.num_programs(0)):
+        pair, first_cell, own_begin, own_tiles, text_tiles = query_work(work, grid, 2 * HALF, KEYS)
+        batch = pair // grid.kv_heads
+        head = pair % grid.kv_heads
+        for half in gl.static_range(2):
+            at = [batch, first_cell + half * HALF, head * GROUP, 0]
+            if do is not None:
+                fill(do_ring, row_item + half, do, at)
+            fill(q_ring, row_item + half, q, at)
+        row_item += 2
+        if HAS_OWN:
+            key_item = fill_keys(k_ring, v_ring, key_item, k_grid, v_grid, batch, head, own_tiles, own_begin, KEYS)
+        key_item = fill_keys(k_ring, v_ring, key_item, k_text, v_text, batch, head, text_tiles, 0, KEYS)
