@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from qstar_kernels.thought_attention.hopper.ring import await_tile, fill, make_ring, release
+from qstar_kernels.thought_attention.hopper.ring import await_item, fill, make_ring, release, tile_of
 
 emulator = import_module("gluon_emulator")
 launch = import_module("qstar_kernels.launch")
@@ -23,7 +23,7 @@ TILES, ROWS, WIDTH = 12, 16, 64
 @gluon.jit
 def produce(x, ring, tiles, ROWS: gl.constexpr):
     for tile in range(tiles):
-        fill(ring, tile, x, [tile * ROWS, 0])
+        fill(ring, tile, x, None, [tile * ROWS, 0])
 
 
 @gluon.jit
@@ -32,10 +32,9 @@ def consume(out, ring, tiles, MISTAKE: gl.constexpr, ROWS: gl.constexpr, WIDTH: 
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     acc = gl.zeros([ROWS, ROWS], gl.float32, LAYOUT)
     for tile in range(tiles):
-        if MISTAKE == "no wait":
-            x_tile = ring.tiles.index(tile % ring.tiles.shape[0])
-        else:
-            x_tile = await_tile(ring, tile, ROWS, WIDTH)
+        if MISTAKE != "no wait":
+            await_item(ring, tile)
+        x_tile = tile_of(ring.tiles, tile, ROWS, WIDTH)
         if MISTAKE == "let go too early":
             release(ring, tile)
         if MISTAKE == "wrong phase":
@@ -52,7 +51,7 @@ def consume(out, ring, tiles, MISTAKE: gl.constexpr, ROWS: gl.constexpr, WIDTH: 
 
 @gluon.jit
 def kernel(x, out, tiles, MISTAKE: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
-    ring = make_ring(x, PLACES=2, WRITERS=1, READERS=1)
+    ring = make_ring(x, None, PLACES=2, WRITERS=1, READERS=1)
     fence_async_shared()
     gl.warp_specialize(
         [(consume, (out, ring, tiles, MISTAKE, ROWS, WIDTH)), (produce, (x, ring, tiles, ROWS))], [1], [24]
@@ -62,7 +61,7 @@ def kernel(x, out, tiles, MISTAKE: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.c
 @gluon.jit
 def echo(x, out, MISTAKE: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
     """out = 2 x by way of one place in shared memory."""
-    ring = make_ring(x, PLACES=1, WRITERS=1, READERS=1)
+    ring = make_ring(x, None, PLACES=1, WRITERS=1, READERS=1)
     gl.warp_specialize([(echo_tiles, (x, out, ring, MISTAKE, ROWS, WIDTH)), (nothing, ())], [1], [24])
 
 
@@ -75,8 +74,9 @@ def nothing():
 def echo_tiles(x, out, ring, MISTAKE: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     for tile in range(12):
-        fill(ring, tile, x, [tile * ROWS, 0])
-        place = await_tile(ring, tile, ROWS, WIDTH)
+        fill(ring, tile, x, None, [tile * ROWS, 0])
+        await_item(ring, tile)
+        place = tile_of(ring.tiles, tile, ROWS, WIDTH)
         place.store(2 * place.load(LAYOUT))
         tma.async_copy_shared_to_global(out, [tile * ROWS, 0], place)
         if MISTAKE != "store not awaited":

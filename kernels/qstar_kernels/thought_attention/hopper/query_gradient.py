@@ -16,12 +16,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from qstar_kernels.thought_attention.hopper.ring import (
     LOG2E,
     Grid,
-    await_tile,
+    await_item,
     feed_queries,
     make_ring,
     own_cells,
     query_work,
     release,
+    tile_of,
     whole_tiles,
 )
 
@@ -52,17 +53,18 @@ def make_delta(
 
 @gluon.jit
 def add_query_gradient(
-    dq, q_tile, do_tile, row_lse, row_delta, k_ring, v_ring, item, tiles, start, scale, first, last,
+    dq, q_tile, do_tile, row_lse, row_delta, ring, item, tiles, start, scale, first, last,
     MASKED: gl.constexpr, HALF: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """dq, before the scale, plus what the next ``tiles`` of the rings give; the other words as in the forward."""
+    """dq, before the scale, plus what the next ``tiles`` of the ring give; the other words as in the forward."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     for tile in range(tiles):
         zeros = gl.zeros([HALF, KEYS], gl.float32, SCORES)
-        k_tile = await_tile(k_ring, item, KEYS, D)
+        await_item(ring, item)
+        k_tile = tile_of(ring.tiles, item, KEYS, D)
         s = warpgroup_mma(q_tile, k_tile.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        v_tile = await_tile(v_ring, item, KEYS, D)
+        v_tile = tile_of(ring.mates, item, KEYS, D)
         dp = warpgroup_mma(do_tile, v_tile.permute([1, 0]), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, [s])
         p = gl.exp2(s * scale - row_lse[:, None])
@@ -70,18 +72,17 @@ def add_query_gradient(
             keys = start + tile * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
             p = gl.where((keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None]), p, 0.0)
         dp = warpgroup_mma_wait(0, [dp])
-        release(v_ring, item)
         ds = p * (dp - row_delta[:, None])
-        ds = gl.convert_layout(ds.to(k_ring.tiles.dtype), gl.DotOperandLayout(0, OUT, 2))
+        ds = gl.convert_layout(ds.to(ring.tiles.dtype), gl.DotOperandLayout(0, OUT, 2))
         dq = warpgroup_mma(ds, k_tile, dq)
-        release(k_ring, item)
+        release(ring, item)
         item += 1
     return dq, item
 
 
 @gluon.jit
 def consume(
-    half, out, lse, delta, dq, out_stride, q_ring, do_ring, k_ring, v_ring, works, grid, scale,
+    half, out, lse, delta, dq, out_stride, row_ring, key_ring, works, grid, scale,
     ROWS: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr, HAS_OWN: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = ROWS // 2
@@ -99,34 +100,34 @@ def consume(
         position = cell // grid.slots
         flat = (batch * grid.kv_heads * GROUP + head + rows % GROUP).to(gl.int64) * grid.cells + cell
         row_lse = gl.load(lse + flat, cell < grid.cells, 0.0) * LOG2E
-        do_tile = await_tile(do_ring, row_item, HALF, D)
+        await_item(row_ring, row_item)
+        q_tile = tile_of(row_ring.tiles, row_item, HALF, D)
+        do_tile = tile_of(row_ring.mates, row_item, HALF, D)
         row_delta = make_delta(do_tile, out, out_stride, delta, batch, head, first_cell, grid, HALF, GROUP, D)
         row_delta = gl.convert_layout(row_delta, gl.SliceLayout(1, SCORES))
-        q_tile = await_tile(q_ring, row_item, HALF, D)
         acc = gl.zeros([HALF, D], gl.float32, OUT)
         if HAS_OWN:
             first, last = own_cells(cell, grid)
             acc, key_item = add_query_gradient(
-                acc, q_tile, do_tile, row_lse, row_delta, k_ring, v_ring, key_item, own_tiles, own_begin,
+                acc, q_tile, do_tile, row_lse, row_delta, key_ring, key_item, own_tiles, own_begin,
                 scale * LOG2E, first, last, MASKED=True, HALF=HALF, KEYS=KEYS, D=D,
             )  # fmt: skip
         # By now the gradient of the rows before has left its place.
         tma.store_wait(0)
-        release(q_ring, row_item - 2, pred=row_item >= 2)
+        release(row_ring, row_item - 2, pred=row_item >= 2)
         full_tiles = whole_tiles(first_cell, text_tiles, grid, KEYS)
         acc, key_item = add_query_gradient(
-            acc, q_tile, do_tile, row_lse, row_delta, k_ring, v_ring, key_item, full_tiles, 0, scale * LOG2E, position,
+            acc, q_tile, do_tile, row_lse, row_delta, key_ring, key_item, full_tiles, 0, scale * LOG2E, position,
             position, MASKED=False, HALF=HALF, KEYS=KEYS, D=D,
         )  # fmt: skip
         acc, key_item = add_query_gradient(
-            acc, q_tile, do_tile, row_lse, row_delta, k_ring, v_ring, key_item, text_tiles - full_tiles,
+            acc, q_tile, do_tile, row_lse, row_delta, key_ring, key_item, text_tiles - full_tiles,
             full_tiles * KEYS, scale * LOG2E, 0 * position, position, MASKED=True, HALF=HALF, KEYS=KEYS, D=D,
         )  # fmt: skip
-        release(do_ring, row_item)
         q_tile.store((acc * scale).to(q_tile.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(
-            dq, [batch, first_cell, head, 0], q_ring.tiles.index(row_item % q_ring.tiles.shape[0])
+            dq, [batch, first_cell, head, 0], row_ring.tiles.index(row_item % row_ring.tiles.shape[0])
         )
         row_item += 2
     tma.store_wait(0)
@@ -140,27 +141,25 @@ def query_gradient_kernel(
     ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As the forward, and descriptors of do and dq as that of q; out [B, Hq, N, C, D], lse and delta [B, Hq, N*C]."""
-    q_ring = make_ring(q, PLACES=4, WRITERS=1, READERS=1)  # two halves, and those of the next rows
-    do_ring = make_ring(do, PLACES=4, WRITERS=1, READERS=1)
-    k_ring = make_ring(k_text, PLACES=STAGES, WRITERS=1, READERS=2)
-    v_ring = make_ring(v_text, PLACES=STAGES, WRITERS=1, READERS=2)
+    row_ring = make_ring(q, do, PLACES=4, WRITERS=1, READERS=1)  # two halves, and those of the next rows
+    key_ring = make_ring(k_text, v_text, PLACES=STAGES, WRITERS=1, READERS=2)
     fence_async_shared()
     grid = Grid(pairs, kv_heads, cells, slots, tokens)
     gl.warp_specialize(
         [
             (
                 consume,
-                (0, out, lse, delta, dq, out_stride, q_ring, do_ring, k_ring, v_ring, works, grid, scale,
+                (0, out, lse, delta, dq, out_stride, row_ring, key_ring, works, grid, scale,
                  ROWS, GROUP, KEYS, HAS_OWN, D),
             ),
             (
                 consume,
-                (1, out, lse, delta, dq, out_stride, q_ring, do_ring, k_ring, v_ring, works, grid, scale,
+                (1, out, lse, delta, dq, out_stride, row_ring, key_ring, works, grid, scale,
                  ROWS, GROUP, KEYS, HAS_OWN, D),
             ),
             (
                 feed_queries,
-                (q, do, k_grid, v_grid, k_text, v_text, q_ring, do_ring, k_ring, v_ring, works, grid,
+                (q, do, k_grid, v_grid, k_text, v_text, row_ring, key_ring, works, grid,
                  ROWS, GROUP, KEYS, HAS_OWN),
             ),
         ],

@@ -17,9 +17,13 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 
 class Ring(NamedTuple):
-    """Tiles [places, ...] in shared memory; for each place a barrier: it is full, it may be filled again."""
+    """Tiles [places, ...] in shared memory and their mates; for each place a barrier: full, free to be filled.
+
+    Tiles that have no mates are their own.
+    """
 
     tiles: Any
+    mates: Any
     full: Any
     empty: Any
 
@@ -35,34 +39,48 @@ class Grid(NamedTuple):
 
 
 @gluon.jit
-def make_ring(descriptor, PLACES: gl.constexpr, WRITERS: gl.constexpr, READERS: gl.constexpr):
-    """A ring for tiles that ``descriptor`` copies; WRITERS fill one together, READERS have to let it go."""
+def make_ring(descriptor, mate, PLACES: gl.constexpr, WRITERS: gl.constexpr, READERS: gl.constexpr):
+    """A ring for what the descriptors copy; WRITERS fill a place together, READERS have to let it go."""
     shape: gl.constexpr = [PLACES] + descriptor.block_type.shape  # noqa: RUF005, since Triton knows no star
     tiles = gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
+    mates = tiles
+    if mate is not None:
+        mates = gl.allocate_shared_memory(mate.dtype, shape, mate.layout)
     full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(PLACES):
         mbarrier.init(full.index(place), count=WRITERS)
         mbarrier.init(empty.index(place), count=READERS)
-    return Ring(tiles, full, empty)
+    return Ring(tiles, mates, full, empty)
 
 
 @gluon.jit
-def fill(ring, item, descriptor, at):
-    """Copy the tile ``at`` in the tensor of ``descriptor`` into the ring as soon as its place is free."""
+def fill(ring, item, descriptor, mate, at):
+    """Copy the tiles ``at`` in the descriptors' tensors into the ring as soon as their place is free."""
     PLACES: gl.constexpr = ring.tiles.shape[0]
-    full = ring.full.index(item % PLACES)
-    mbarrier.wait(ring.empty.index(item % PLACES), (item // PLACES & 1) ^ 1)
-    mbarrier.expect(full, descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(descriptor, at, full, ring.tiles.index(item % PLACES))
+    place = item % PLACES
+    full = ring.full.index(place)
+    mbarrier.wait(ring.empty.index(place), (item // PLACES & 1) ^ 1)
+    if mate is None:
+        mbarrier.expect(full, descriptor.block_type.nbytes)
+    else:
+        mbarrier.expect(full, 2 * descriptor.block_type.nbytes)
+        tma.async_copy_global_to_shared(mate, at, full, ring.mates.index(place))
+    tma.async_copy_global_to_shared(descriptor, at, full, ring.tiles.index(place))
 
 
 @gluon.jit
-def await_tile(ring, item, ROWS: gl.constexpr, WIDTH: gl.constexpr):
-    """The tile [ROWS, WIDTH] in shared memory, once it has arrived."""
+def await_item(ring, item):
+    """Wait until the place of ``item`` is full."""
     PLACES: gl.constexpr = ring.tiles.shape[0]
     mbarrier.wait(ring.full.index(item % PLACES), item // PLACES & 1)
-    return ring.tiles.index(item % PLACES).reshape([ROWS, WIDTH])
+
+
+@gluon.jit
+def tile_of(tiles, item, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """The tile of ``item``, [ROWS, WIDTH] in shared memory, among a ring's tiles or their mates."""
+    PLACES: gl.constexpr = tiles.shape[0]
+    return tiles.index(item % PLACES).reshape([ROWS, WIDTH])
 
 
 @gluon.jit
@@ -87,11 +105,10 @@ def query_work(work, grid, CELLS: gl.constexpr, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def fill_keys(k_ring, v_ring, item, k, v, batch, head, tiles, start, KEYS: gl.constexpr):
+def fill_keys(ring, item, k, v, batch, head, tiles, start, KEYS: gl.constexpr):
     """Copy ``tiles`` tiles of keys and values from ``start`` on; returns the next item."""
     for tile in range(tiles):
-        fill(k_ring, item, k, [batch, head, start + tile * KEYS, 0])
-        fill(v_ring, item, v, [batch, head, start + tile * KEYS, 0])
+        fill(ring, item, k, v, [batch, head, start + tile * KEYS, 0])
         item += 1
     return item
 
@@ -111,7 +128,7 @@ def whole_tiles(first_cell, text_tiles, grid, KEYS: gl.constexpr):
 
 @gluon.jit
 def feed_queries(
-    q, do, k_grid, v_grid, k_text, v_text, q_ring, do_ring, k_ring, v_ring, works, grid,
+    q, do, k_grid, v_grid, k_text, v_text, row_ring, key_ring, works, grid,
     ROWS: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr, HAS_OWN: gl.constexpr,
 ):  # fmt: skip
     """The producer of what goes by tiles of rows: q, and do unless that is None, then the keys that they meet."""
@@ -123,11 +140,8 @@ def feed_queries(
         batch = pair // grid.kv_heads
         head = pair % grid.kv_heads
         for half in gl.static_range(2):
-            at = [batch, first_cell + half * HALF, head * GROUP, 0]
-            if do is not None:
-                fill(do_ring, row_item + half, do, at)
-            fill(q_ring, row_item + half, q, at)
+            fill(row_ring, row_item + half, q, do, [batch, first_cell + half * HALF, head * GROUP, 0])
         row_item += 2
         if HAS_OWN:
-            key_item = fill_keys(k_ring, v_ring, key_item, k_grid, v_grid, batch, head, own_tiles, own_begin, KEYS)
-        key_item = fill_keys(k_ring, v_ring, key_item, k_text, v_text, batch, head, text_tiles, 0, KEYS)
+            key_item = fill_keys(key_ring, key_item, k_grid, v_grid, batch, head, own_tiles, own_begin, KEYS)
+        key_item = fill_keys(key_ring, key_item, k_text, v_text, batch, head, text_tiles, 0, KEYS)

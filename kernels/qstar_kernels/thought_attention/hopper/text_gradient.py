@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from qstar_kernels.thought_attention.hopper.ring import LOG2E, Grid, await_tile, fill, make_ring, release
+from qstar_kernels.thought_attention.hopper.ring import LOG2E, Grid, await_item, fill, make_ring, release, tile_of
 
 
 class RowNumbers(NamedTuple):
@@ -38,7 +38,7 @@ def key_work(grid, splits, KEYS: gl.constexpr, CELLS: gl.constexpr):
 
 @gluon.jit
 def produce(
-    q, do, k, v, lse, delta, q_ring, do_ring, k_ring, v_ring, numbers, grid, splits,
+    q, do, k, v, lse, delta, row_ring, key_ring, numbers, grid, splits,
     ROWS: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     CELLS: gl.constexpr = ROWS // GROUP
@@ -46,46 +46,43 @@ def produce(
     batch = pair // grid.kv_heads
     head = pair % grid.kv_heads
     for half in gl.static_range(2):
-        fill(k_ring, half, k, [batch, head, first_key + half * (KEYS // 2), 0])
-        fill(v_ring, half, v, [batch, head, first_key + half * (KEYS // 2), 0])
+        fill(key_ring, half, k, v, [batch, head, first_key + half * (KEYS // 2), 0])
     rows = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [1], [0]))
     first_row_head = (batch * grid.kv_heads + head) * GROUP
     for item in range(gl.cdiv(end - begin, CELLS)):
         first_cell = begin + item * CELLS
-        fill(q_ring, item, q, [batch, first_cell, head * GROUP, 0])
-        fill(do_ring, item, do, [batch, first_cell, head * GROUP, 0])
+        fill(row_ring, item, q, do, [batch, first_cell, head * GROUP, 0])
         cell = first_cell + rows // GROUP
         flat = (first_row_head + rows % GROUP).to(gl.int64) * grid.cells + cell
-        place = item % q_ring.tiles.shape[0]
+        place = item % row_ring.tiles.shape[0]
         # Beyond the end no weight: exp2(s - inf) = 0.
         numbers.lse.index(place).store(gl.load(lse + flat, cell < end, float("inf")) * LOG2E)
         numbers.delta.index(place).store(gl.load(delta + flat, cell < end, 0.0))
-        mbarrier.arrive(q_ring.full.index(place))
+        mbarrier.arrive(row_ring.full.index(place))
 
 
 @gluon.jit
-def pass_by(q_ring, do_ring, items):
+def pass_by(ring, items):
     """Let the first ``items`` tiles of rows go, which see none of the keys."""
     for item in range(items):
-        mbarrier.wait(q_ring.full.index(item % q_ring.tiles.shape[0]), item // q_ring.tiles.shape[0] & 1)
-        release(q_ring, item)
-        mbarrier.wait(do_ring.full.index(item % do_ring.tiles.shape[0]), item // do_ring.tiles.shape[0] & 1)
-        release(do_ring, item)
+        await_item(ring, item)
+        release(ring, item)
 
 
 @gluon.jit
 def add_key_gradients(
-    dk, dv, k_tile, v_tile, q_ring, do_ring, numbers, begin_item, end_item, begin, first_key, slots, scale,
+    dk, dv, k_tile, v_tile, row_ring, numbers, begin_item, end_item, begin, first_key, slots, scale,
     MASKED: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """dk, before the scale, and dv plus what the row tiles begin_item .. end_item give; tile 0 is at cell ``begin``."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     for item in range(begin_item, end_item):
-        place = item % q_ring.tiles.shape[0]
+        place = item % row_ring.tiles.shape[0]
         zeros = gl.zeros([HALF, ROWS], gl.float32, SCORES)
-        q_tile = await_tile(q_ring, item, ROWS, D)
-        do_tile = await_tile(do_ring, item, ROWS, D)
+        await_item(row_ring, item)
+        q_tile = tile_of(row_ring.tiles, item, ROWS, D)
+        do_tile = tile_of(row_ring.mates, item, ROWS, D)
         # dp - delta as one sum, the first product: later there are too few registers, and products in flight.
         dp = zeros - numbers.delta.index(place).load(gl.SliceLayout(0, SCORES))[None, :]
         dp = warpgroup_mma(v_tile, do_tile.permute([1, 0]), dp, is_async=True)
@@ -98,13 +95,12 @@ def add_key_gradients(
             rows = gl.arange(0, ROWS, gl.SliceLayout(0, SCORES))
             position = (begin + item * (ROWS // GROUP) + rows // GROUP) // slots
             p = gl.where(keys[:, None] <= position[None, :], p, 0.0)
-        ds = gl.convert_layout((p * dp).to(q_ring.tiles.dtype), gl.DotOperandLayout(0, OUT, 2))
-        p = gl.convert_layout(p.to(q_ring.tiles.dtype), gl.DotOperandLayout(0, OUT, 2))
+        ds = gl.convert_layout((p * dp).to(row_ring.tiles.dtype), gl.DotOperandLayout(0, OUT, 2))
+        p = gl.convert_layout(p.to(row_ring.tiles.dtype), gl.DotOperandLayout(0, OUT, 2))
         dv = warpgroup_mma(p, do_tile, dv, is_async=True)
         dk = warpgroup_mma(ds, q_tile, dk, is_async=True)
         dv, dk, p, ds = warpgroup_mma_wait(0, [dv, dk, p, ds])
-        release(do_ring, item)
-        release(q_ring, item)
+        release(row_ring, item)
     return dk, dv
 
 
@@ -126,7 +122,7 @@ def store_gradient(x, stride, gradient, first_key, positions, HALF: gl.constexpr
 
 @gluon.jit
 def consume(
-    half, dk, dv, dk_stride, dv_stride, q_ring, do_ring, k_ring, v_ring, numbers, grid, splits, scale,
+    half, dk, dv, dk_stride, dv_stride, row_ring, key_ring, numbers, grid, splits, scale,
     ROWS: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = KEYS // 2
@@ -138,17 +134,18 @@ def consume(
     blind = gl.minimum(gl.maximum(first_key * grid.slots - begin, 0) // CELLS, items)
     seeing = gl.cdiv(gl.maximum((first_key + HALF - 1) * grid.slots - begin, 0), CELLS)
     full = gl.maximum(gl.minimum(seeing, items), blind)  # from here on every row sees every key
-    k_tile = await_tile(k_ring, half, HALF, D)
-    v_tile = await_tile(v_ring, half, HALF, D)
+    await_item(key_ring, half)
+    k_tile = tile_of(key_ring.tiles, half, HALF, D)
+    v_tile = tile_of(key_ring.mates, half, HALF, D)
     dk_acc = gl.zeros([HALF, D], gl.float32, OUT)
     dv_acc = gl.zeros([HALF, D], gl.float32, OUT)
-    pass_by(q_ring, do_ring, blind)
+    pass_by(row_ring, blind)
     dk_acc, dv_acc = add_key_gradients(
-        dk_acc, dv_acc, k_tile, v_tile, q_ring, do_ring, numbers, blind, full, begin, first_key, grid.slots,
+        dk_acc, dv_acc, k_tile, v_tile, row_ring, numbers, blind, full, begin, first_key, grid.slots,
         scale * LOG2E, MASKED=True, ROWS=ROWS, GROUP=GROUP, HALF=HALF, D=D,
     )  # fmt: skip
     dk_acc, dv_acc = add_key_gradients(
-        dk_acc, dv_acc, k_tile, v_tile, q_ring, do_ring, numbers, full, items, begin, first_key, grid.slots,
+        dk_acc, dv_acc, k_tile, v_tile, row_ring, numbers, full, items, begin, first_key, grid.slots,
         scale * LOG2E, MASKED=False, ROWS=ROWS, GROUP=GROUP, HALF=HALF, D=D,
     )  # fmt: skip
     positions = grid.cells // grid.slots
@@ -162,10 +159,8 @@ def text_gradient_kernel(
     GROUP: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Descriptors of q and do [B, N*C, Hq, D] and of the text's k and v [B, Hkv, N, D]; strides [split, B, Hkv, N]."""
-    q_ring = make_ring(q, PLACES=STAGES, WRITERS=2, READERS=2)  # the copy, and the numbers of the rows
-    do_ring = make_ring(do, PLACES=STAGES, WRITERS=1, READERS=2)
-    k_ring = make_ring(k, PLACES=2, WRITERS=1, READERS=1)
-    v_ring = make_ring(v, PLACES=2, WRITERS=1, READERS=1)
+    row_ring = make_ring(q, do, PLACES=STAGES, WRITERS=2, READERS=2)  # the copies, and the numbers of the rows
+    key_ring = make_ring(k, v, PLACES=2, WRITERS=1, READERS=1)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     numbers = RowNumbers(
         gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], PLAIN),
@@ -180,17 +175,17 @@ def text_gradient_kernel(
         [
             (
                 consume,
-                (0, dk, dv, dk_stride[3], dv_stride[3], q_ring, do_ring, k_ring, v_ring, numbers, grid, splits, scale,
+                (0, dk, dv, dk_stride[3], dv_stride[3], row_ring, key_ring, numbers, grid, splits, scale,
                  ROWS, GROUP, KEYS, D),
             ),
             (
                 consume,
-                (1, dk, dv, dk_stride[3], dv_stride[3], q_ring, do_ring, k_ring, v_ring, numbers, grid, splits, scale,
+                (1, dk, dv, dk_stride[3], dv_stride[3], row_ring, key_ring, numbers, grid, splits, scale,
                  ROWS, GROUP, KEYS, D),
             ),
             (
                 produce,
-                (q, do, k, v, lse, delta, q_ring, do_ring, k_ring, v_ring, numbers, grid, splits, ROWS, GROUP, KEYS),
+                (q, do, k, v, lse, delta, row_ring, key_ring, numbers, grid, splits, ROWS, GROUP, KEYS),
             ),
         ],
         worker_num_warps=[4, 1],
