@@ -60,6 +60,7 @@ def used(monkeypatch):
 
     monkeypatch.setattr(Launch, "run", run_or_emulate)
     monkeypatch.setattr(hopper, "processors", lambda device: 2)
+    monkeypatch.setattr(hopper, "section", lambda k: 3)  # of four pairs where there are two sequences
     monkeypatch.setattr(fused, "PROGRAMS", 3)  # so that the rows of a tile of keys are shared out here as well
     with ExitStack() as stack:
         for kernel, tile in TILES.items():
@@ -157,6 +158,8 @@ def refused(**changes) -> bool:
         {"rules": Rules(0.125, text_start=torch.zeros(2, 8))},
         {"rules": Rules(-0.125)},
         {"rules": Rules(0.0)},
+        {"rules": Rules(1e-46)},
+        {"rules": Rules(float("nan"))},
         {"group": 3},
         {"group": 128},
         {"v": torch.zeros(2, 2, 8, 6, 128, dtype=torch.bfloat16)},
@@ -167,13 +170,21 @@ def refused(**changes) -> bool:
         {"k": torch.zeros(2, 1, 8, 6, 64, dtype=torch.bfloat16).expand(2, 2, 8, 6, 64)},
         {"k": torch.zeros(2, 2, 8, 6, 68, dtype=torch.bfloat16)[..., :64]},
     ],
-    ids=["window", "soft-cap", "sinks", "text start", "negative scale", "no scale", "group of three", "large group",
+    ids=["window", "soft-cap", "sinks", "text start", "negative scale", "no scale",
+         "a scale below float32", "a scale of NaN", "group of three", "large group",
          "wide values", "float32", "address", "address within rows", "gaps between positions", "shared heads",
          "strides"],
 )  # fmt: skip
 def test_what_the_copy_engine_cannot_do_goes_to_plain_triton(changes):
     assert not refused()
     assert refused(**changes)
+
+
+def test_keys_and_values_of_a_section_fit_the_cache():
+    def section(positions):
+        return hopper.section(torch.empty(8, 8, positions, 17, 128, dtype=torch.bfloat16, device="meta"))
+
+    assert [section(positions) for positions in (64, 1024, 4096, 2**20)] == [64, 32, 8, 1]
 
 
 def test_a_window_that_hides_nothing_is_none():
@@ -193,6 +204,7 @@ def in_double(monkeypatch):
         def __init__(self, base, shape, strides, block_shape, layout):
             super().__init__(base=base, shape=shape, strides=strides, block_shape=block_shape)
 
+    monkeypatch.setattr(hopper, "section", lambda k: 3)
     monkeypatch.setattr(hopper, "TensorDescriptor", Descriptor)
     monkeypatch.setattr(emulator, "TensorDescriptor", Descriptor)
     monkeypatch.setitem(hopper.ELEMENTS, torch.float64, hopper.gl.bfloat16)

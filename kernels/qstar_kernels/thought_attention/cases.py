@@ -132,7 +132,7 @@ def errors(kernel: str, dtype: torch.dtype, width: int, device: str) -> tuple[fl
     generator = torch.Generator(device).manual_seed(0)
     shape = small_shape(width)
     if kernel in HOPPER_KERNELS:
-        shape = shape._replace(heads=8)  # they take groups of a power of two
+        shape = shape._replace(heads=8, positions=900)  # groups of a power of two; several tiles for each program
 
     def random(heads: int) -> Tensor:
         cells = shape.batch, heads, shape.positions, 1 + shape.tokens, width

@@ -112,7 +112,7 @@ def consume(
 
 @gluon.jit
 def forward_kernel(
-    q, k_grid, v_grid, k_text, v_text, out, lse, works, pairs, kv_heads, cells, slots, tokens, scale,
+    q, k_grid, v_grid, k_text, v_text, out, lse, works, pairs, section, kv_heads, cells, slots, tokens, scale,
     GROUP: gl.constexpr, D: gl.constexpr, HAS_OWN: gl.constexpr,
     ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -120,7 +120,7 @@ def forward_kernel(
     row_ring = make_ring(q, None, PLACES=4, WRITERS=1, READERS=1)  # two halves, and those of the next rows
     key_ring = make_ring(k_text, v_text, PLACES=STAGES, WRITERS=1, READERS=2)
     fence_async_shared()
-    grid = Grid(pairs, kv_heads, cells, slots, tokens)
+    grid = Grid(pairs, section, kv_heads, cells, slots, tokens)
     scale *= LOG2E
     gl.warp_specialize(
         [

@@ -6,6 +6,8 @@ a few widths, and know no window, soft-cap, sinks or ``text_start``. A kernel is
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -34,13 +36,17 @@ TILES = {
     },
 }
 ALIGNMENT = 16  # bytes, of all that the copy engine is told
+LEAST_SCALE = 2.0**-100  # which multiplies what is masked: 0 times -inf is NaN
+SECTION = 2**24  # bytes of the text's keys and values that programs walk over at one time, for the L2 cache
 MOST_HEADS = 64  # of a group: rows of the smallest tile
 PROCESSORS = 132  # of a card that is not there
 
 
 def serves(rules: Rules, group: int, *states: Tensor) -> bool:
     """Whether the kernels can take these rules and q, k, v or their like [B, H, N, C, D]."""
-    if any(x is not None for x in (rules.window, rules.softcap, rules.sinks, rules.text_start)) or rules.scale <= 0:
+    if any(x is not None for x in (rules.window, rules.softcap, rules.sinks, rules.text_start)):
+        return False
+    if not rules.scale >= LEAST_SCALE:
         return False
     if group > MOST_HEADS or group & (group - 1) or len({x.shape[-1] for x in states}) > 1:
         return False
@@ -61,8 +67,13 @@ def describe(x: Tensor, dims: list[tuple[int, int]], box: list[int]) -> TensorDe
     """What the copy engine is told: boxes of x, whose dimensions have these sizes and strides and then its rows."""
     width = x.shape[-1]
     shape, strides = [size for size, _ in dims], [stride if size > 1 else width for size, stride in dims]
-    layout = gl.NVMMASharedLayout.get_default_for([*box, width], ELEMENTS[x.dtype])
-    return TensorDescriptor(x, [*shape, width], [*strides, 1], [*box, width], layout)
+    return TensorDescriptor(x, [*shape, width], [*strides, 1], [*box, width], layout_of((*box, width), x.dtype))
+
+
+@cache
+def layout_of(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Of a box in shared memory; kept, since to find it takes longer than all else in a launch."""
+    return gl.NVMMASharedLayout.get_default_for(list(box), ELEMENTS[dtype])
 
 
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -109,6 +120,12 @@ def grid_arguments(q: Tensor, k: Tensor, rationales: int, rules: Rules, tile: Ti
     }
 
 
+def section(k: Tensor) -> int:
+    """How many pairs of a sequence and a key/value head are worked on together."""
+    batch, kv_heads, positions, _, width = k.shape
+    return max(1, min(batch * kv_heads, SECTION // (2 * positions * width * k.itemsize)))
+
+
 def query_works(shared: dict, tile: Tile) -> int:
     return -(-shared["cells"] * shared["GROUP"] // tile.rows) * shared["pairs"]
 
@@ -129,6 +146,7 @@ def forward_launch(q, k, v, rationales: int, rules: Rules, out: Tensor, lse: Ten
         "out": row_tiles(out, tile.rows // 2, shared["GROUP"]),
         "lse": lse,
         "works": works,
+        "section": section(k),
         "HAS_OWN": q.shape[3] > 1,
     }
     return Launch(forward_kernel, min(works, processors(q.device)), shared | arguments, tile)
@@ -152,6 +170,7 @@ def query_gradient_launch(
         "lse": lse,
         "delta": delta,
         "works": works,
+        "section": section(k),
         "HAS_OWN": q.shape[3] > 1,
     }
     return Launch(query_gradient_kernel, min(works, processors(q.device)), shared | arguments, tile)

@@ -71,7 +71,8 @@ def add_query_gradient(
         if MASKED:
             keys = start + tile * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
             p = gl.where((keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None]), p, 0.0)
-        dp = warpgroup_mma_wait(0, [dp])
+        await_item(ring, item)  # long since full, but a branch: else the assembler waits for dp before it makes p
+        dp, p = warpgroup_mma_wait(0, [dp, p])
         ds = p * (dp - row_delta[:, None])
         ds = gl.convert_layout(ds.to(ring.tiles.dtype), gl.DotOperandLayout(0, OUT, 2))
         dq = warpgroup_mma(ds, k_tile, dq)
@@ -135,8 +136,8 @@ def consume(
 
 @gluon.jit
 def query_gradient_kernel(
-    q, do, k_grid, v_grid, k_text, v_text, dq, out, lse, delta, out_stride, works, pairs, kv_heads, cells, slots,
-    tokens, scale,
+    q, do, k_grid, v_grid, k_text, v_text, dq, out, lse, delta, out_stride, works, pairs, section, kv_heads, cells,
+    slots, tokens, scale,
     GROUP: gl.constexpr, D: gl.constexpr, HAS_OWN: gl.constexpr,
     ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -144,7 +145,7 @@ def query_gradient_kernel(
     row_ring = make_ring(q, do, PLACES=4, WRITERS=1, READERS=1)  # two halves, and those of the next rows
     key_ring = make_ring(k_text, v_text, PLACES=STAGES, WRITERS=1, READERS=2)
     fence_async_shared()
-    grid = Grid(pairs, kv_heads, cells, slots, tokens)
+    grid = Grid(pairs, section, kv_heads, cells, slots, tokens)
     gl.warp_specialize(
         [
             (

@@ -29,9 +29,13 @@ class Ring(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The thought grid: pairs of a sequence and one of its kv_heads key/value heads, each of ``cells`` cells."""
+    """The thought grid: pairs of a sequence and one of its kv_heads key/value heads, each of ``cells`` cells.
+
+    ``section`` pairs are worked on together, so that their keys and values stay in the L2 cache.
+    """
 
     pairs: Any
+    section: Any
     kv_heads: Any
     cells: Any
     slots: Any
@@ -95,13 +99,18 @@ def query_work(work, grid, CELLS: gl.constexpr, KEYS: gl.constexpr):
     """Which CELLS cells of which pair of sequence and key/value head are number ``work``, and what they need.
 
     Returns the pair, the first cell, the first cell that may hold own keys of theirs, and the tiles of KEYS own keys
-    and of KEYS text keys that they meet. The works with the most keys come first.
+    and of KEYS text keys that they meet. Of a section's works those with the most keys come first.
     """
-    first = (gl.cdiv(grid.cells, CELLS) - 1 - work // grid.pairs) * CELLS
+    tiles = gl.cdiv(grid.cells, CELLS)
+    first_pair = work // (tiles * grid.section) * grid.section
+    together = gl.minimum(grid.section, grid.pairs - first_pair)
+    inside = work - first_pair * tiles
+    pair = first_pair + inside % together
+    first = (tiles - 1 - inside // together) * CELLS
     last = gl.minimum(first + CELLS, grid.cells) - 1
     own_begin = first - gl.maximum(first % grid.slots - 1, 0) % grid.tokens
     own_tiles = gl.cdiv(last + 1 - own_begin, KEYS)
-    return work % grid.pairs, first, own_begin, own_tiles, gl.cdiv(last // grid.slots + 1, KEYS)
+    return pair, first, own_begin, own_tiles, gl.cdiv(last // grid.slots + 1, KEYS)
 
 
 @gluon.jit

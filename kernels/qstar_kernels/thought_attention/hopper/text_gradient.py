@@ -93,8 +93,8 @@ def add_key_gradients(
         if MASKED:
             keys = first_key + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
             rows = gl.arange(0, ROWS, gl.SliceLayout(0, SCORES))
-            position = (begin + item * (ROWS // GROUP) + rows // GROUP) // slots
-            p = gl.where(keys[:, None] <= position[None, :], p, 0.0)
+            cell = begin + item * (ROWS // GROUP) + rows // GROUP
+            p = gl.where((keys * slots)[:, None] <= cell[None, :], p, 0.0)  # keys <= cell // slots
         ds = gl.convert_layout((p * dp).to(row_ring.tiles.dtype), gl.DotOperandLayout(0, OUT, 2))
         p = gl.convert_layout(p.to(row_ring.tiles.dtype), gl.DotOperandLayout(0, OUT, 2))
         dv = warpgroup_mma(p, do_tile, dv, is_async=True)
@@ -167,7 +167,7 @@ def text_gradient_kernel(
         gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], PLAIN),
     )
     fence_async_shared()
-    grid = Grid(pairs, kv_heads, cells, slots, tokens)
+    grid = Grid(pairs, pairs, kv_heads, cells, slots, tokens)
     share, pair, _, _, _ = key_work(grid, splits, KEYS, ROWS // GROUP)
     dk = origin(dk, dk_stride, share, pair // kv_heads, pair % kv_heads)
     dv = origin(dv, dv_stride, share, pair // kv_heads, pair % kv_heads)
