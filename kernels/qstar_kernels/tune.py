@@ -93,12 +93,12 @@ def tune_kernel(
     provider = PROVIDERS[op]
     present = provider.TABLE.find(kernel, architecture, dtype, shape.width)
     entrants = {kernel: provider.candidates(present)} | provider.rivals(kernel, architecture, dtype, shape.width)
-    winners, to_beat = {}, None
+    winners, to_beat = {}, float("inf")
     for name, tiles in entrants.items():
         ranked = rank_tiles(op, name, tiles, dtype, shape, architecture)
         times = {tile: time for time, tile in ranked}
         before = present if name == kernel else None
-        to_beat = times.get(present, float("inf")) if name == kernel else to_beat
+        to_beat = times.get(before, to_beat)
         winners[name] = winner(ranked, before, partial(is_right, op, name, dtype, shape.width), to_beat)
         to_beat = times.get(winners[name], to_beat)
         print(f"\n{name}, {name_of(dtype)}, width {shape.width}: {len(ranked)} of {len(tiles)} candidates fit and ran")

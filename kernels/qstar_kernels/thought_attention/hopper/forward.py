@@ -9,9 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma
 
+from qstar_kernels.primitives import LN2, LOG2E
 from qstar_kernels.thought_attention.hopper.ring import (
-    LN2,
-    LOG2E,
     Grid,
     await_item,
     feed_queries,

@@ -35,6 +35,7 @@ TILES = {
         128: [Tile(64, 128, 4, 4), Tile(64, 128, 4, 3)],
     },
 }
+ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 ALIGNMENT = 16  # bytes, of all that the copy engine is told
 LEAST_SCALE = 2.0**-100  # which multiplies what is masked: 0 times -inf is NaN
 SECTION = 2**24  # bytes of the text's keys and values that programs walk over at one time, for the L2 cache
@@ -74,9 +75,6 @@ def describe(x: Tensor, dims: list[tuple[int, int]], box: list[int]) -> TensorDe
 def layout_of(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """Of a box in shared memory; kept, since to find it takes longer than all else in a launch."""
     return gl.NVMMASharedLayout.get_default_for(list(box), ELEMENTS[dtype])
-
-
-ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def row_tiles(x: Tensor, rows: int, group: int) -> TensorDescriptor:
@@ -126,54 +124,37 @@ def section(k: Tensor) -> int:
     return max(1, min(batch * kv_heads, SECTION // (2 * positions * width * k.itemsize)))
 
 
-def query_works(shared: dict, tile: Tile) -> int:
-    return -(-shared["cells"] * shared["GROUP"] // tile.rows) * shared["pairs"]
-
-
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
 
 
-def forward_launch(q, k, v, rationales: int, rules: Rules, out: Tensor, lse: Tensor, tile: Tile) -> Launch:
+def launch_by_rows(kernel, q, k, v, rationales: int, rules: Rules, tile: Tile, rows: dict, others: dict) -> Launch:
+    """Of a kernel whose programs go from one tile of rows to the next; ``rows`` are like q, and tiled as it is."""
     shared = grid_arguments(q, k, rationales, rules, tile)
-    works = query_works(shared, tile)
+    works = -(-shared["cells"] * shared["GROUP"] // tile.rows) * shared["pairs"]
     arguments = {
-        "q": row_tiles(q, tile.rows // 2, shared["GROUP"]),
         "k_grid": cell_tiles(k, tile.keys),
         "v_grid": cell_tiles(v, tile.keys),
         "k_text": text_tiles(k, tile.keys),
         "v_text": text_tiles(v, tile.keys),
-        "out": row_tiles(out, tile.rows // 2, shared["GROUP"]),
-        "lse": lse,
         "works": works,
         "section": section(k),
         "HAS_OWN": q.shape[3] > 1,
     }
-    return Launch(forward_kernel, min(works, processors(q.device)), shared | arguments, tile)
+    tiled = {name: row_tiles(x, tile.rows // 2, shared["GROUP"]) for name, x in ({"q": q} | rows).items()}
+    return Launch(kernel, min(works, processors(q.device)), shared | arguments | tiled | others, tile)
+
+
+def forward_launch(q, k, v, rationales: int, rules: Rules, out: Tensor, lse: Tensor, tile: Tile) -> Launch:
+    return launch_by_rows(forward_kernel, q, k, v, rationales, rules, tile, {"out": out}, {"lse": lse})
 
 
 def query_gradient_launch(
     do, out, lse, delta, q, k, v, rationales: int, rules: Rules, dq: Tensor, tile: Tile
 ) -> Launch:
-    shared = grid_arguments(q, k, rationales, rules, tile)
-    works = query_works(shared, tile)
-    arguments = {
-        "q": row_tiles(q, tile.rows // 2, shared["GROUP"]),
-        "do": row_tiles(do, tile.rows // 2, shared["GROUP"]),
-        "k_grid": cell_tiles(k, tile.keys),
-        "v_grid": cell_tiles(v, tile.keys),
-        "k_text": text_tiles(k, tile.keys),
-        "v_text": text_tiles(v, tile.keys),
-        "dq": row_tiles(dq, tile.rows // 2, shared["GROUP"]),
-        "out": out,
-        "out_stride": (out.stride(0), out.stride(1), cell_stride(out)),
-        "lse": lse,
-        "delta": delta,
-        "works": works,
-        "section": section(k),
-        "HAS_OWN": q.shape[3] > 1,
-    }
-    return Launch(query_gradient_kernel, min(works, processors(q.device)), shared | arguments, tile)
+    out_stride = out.stride(0), out.stride(1), cell_stride(out)
+    others = {"out": out, "out_stride": out_stride, "lse": lse, "delta": delta}
+    return launch_by_rows(query_gradient_kernel, q, k, v, rationales, rules, tile, {"do": do, "dq": dq}, others)
 
 
 def text_gradient_launch(

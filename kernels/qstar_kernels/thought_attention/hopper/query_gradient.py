@@ -13,8 +13,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from qstar_kernels.primitives import LOG2E
 from qstar_kernels.thought_attention.hopper.ring import (
-    LOG2E,
     Grid,
     await_item,
     feed_queries,

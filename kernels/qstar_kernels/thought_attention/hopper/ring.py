@@ -12,9 +12,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-
 
 class Ring(NamedTuple):
     """Tiles [places, ...] in shared memory and their mates; for each place a barrier: full, free to be filled.

@@ -15,7 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from qstar_kernels.thought_attention.hopper.ring import LOG2E, Grid, await_item, fill, make_ring, release, tile_of
+from qstar_kernels.primitives import LOG2E
+from qstar_kernels.thought_attention.hopper.ring import Grid, await_item, fill, make_ring, release, tile_of
 
 
 class RowNumbers(NamedTuple):
