@@ -18,13 +18,13 @@ ROOT = HERE.parent
 MOST_WORKERS = 12  # processes that share the tests, since compiling takes most of their time
 SETTLING = 30  # seconds before a stage is killed from which a benchmark starts nothing new
 TESTS = (
-    "test_on_a_gpu.py",
-    "test_hopper_attention.py",
-    "test_triton_attention.py",
-    "test_triton_lm_head.py",
-    "test_lm_head_product_dtype.py",
-    "test_epilogue_sampling.py",
-    "test_tune.py",
+    "gpu/test_on_a_gpu.py",
+    "kernels/test_hopper_attention.py",
+    "kernels/test_triton_attention.py",
+    "kernels/test_triton_lm_head.py",
+    "kernels/test_lm_head_product_dtype.py",
+    "benchmarks/test_epilogue_sampling.py",
+    "kernels/test_tune.py",
 )  # those that take a GPU where there is one
 KERNELS, DTYPES = ("attention", "rules", "head"), ("bfloat16", "float32")
 PARTS = (*map("-".join, product(KERNELS, DTYPES)), "hopper-bfloat16")  # of every_kernel.py

@@ -1,14 +1,12 @@
 """The figures of the benchmarks: every contender is drawn where it was measured, also one that nobody told them of."""
 
 import json
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 plot_style = import_module("plot_style")
 plot_results = import_module("plot_results")
 

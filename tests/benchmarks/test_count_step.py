@@ -1,13 +1,10 @@
 """The bytes of a training step add up as benchmarks/count_step.py says: so much a layer, and so much a token of it."""
 
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 count_step = import_module("count_step")
 
 TINY = count_step.SHAPES["tiny"]

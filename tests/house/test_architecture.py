@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = Path("kernels/qstar_kernels")
 COMMANDS = (Path("resources.py"), Path("tune.py"))  # what a developer runs on the kernels of every op
 

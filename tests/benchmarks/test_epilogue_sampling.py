@@ -1,8 +1,6 @@
 """Sampling inside the product draws what ``sample_linear`` draws; without a GPU in Triton's interpreter."""
 
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from qstar_kernels import sample_linear
 from qstar_kernels.testing import assert_close
 
 pytest.importorskip("triton")
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 epilogue_sampling = import_module("epilogue_sampling")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 goals = import_module("goals")
 stages = import_module("gpu_stages")
 survey = import_module("on_this_gpu")
