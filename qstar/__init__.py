@@ -12,31 +12,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qstar.evaluation import evaluate
-    from qstar.losses import Objective
-    from qstar.model import load, wrap
-    from qstar.trainer import QuietStarArguments, QuietStarTrainer, TrainResult
-    from qstar.training import train
+    from qstar.config import QuietStarConfig
+    from qstar.embedded.run import train_embedded
+    from qstar.evaluation.held_out import evaluate
+    from qstar.learning import Objective
+    from qstar.model import QuietStarModel
+    from qstar.training.fit import TrainResult
+    from qstar.training.run import train
+    from qstar.training.settings import QuietStarArguments
+    from qstar.training.trainer import QuietStarTrainer
+    from qstar.wrapping import load, wrap
 
 __version__ = "0.1.0"
 _HOME = {
-    "Objective": "losses",
-    "QuietStarArguments": "trainer",
-    "QuietStarTrainer": "trainer",
-    "TrainResult": "trainer",
-    "evaluate": "evaluation",
-    "load": "model",
-    "train": "training",
-    "wrap": "model",
+    "Objective": "learning",
+    "QuietStarArguments": "training.settings",
+    "QuietStarConfig": "config",
+    "QuietStarModel": "model",
+    "QuietStarTrainer": "training.trainer",
+    "TrainResult": "training.fit",
+    "evaluate": "evaluation.held_out",
+    "load": "wrapping",
+    "train": "training.run",
+    "train_embedded": "embedded.run",
+    "wrap": "wrapping",
 }
 __all__ = [
     "Objective",
     "QuietStarArguments",
+    "QuietStarConfig",
+    "QuietStarModel",
     "QuietStarTrainer",
     "TrainResult",
     "evaluate",
     "load",
     "train",
+    "train_embedded",
     "wrap",
 ]
 

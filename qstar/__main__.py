@@ -1,3 +1,3 @@
-from qstar.cli import main
+from qstar.commands.main import main
 
 raise SystemExit(main())

@@ -11,7 +11,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from qstar.grid import Text
-from qstar.thoughts import advance, evaluating, read_grid, read_text
+from qstar.model import QuietStarModel
+from qstar.talking import read_grid
+from qstar.thinking import advance, evaluating, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def disable_dropout(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def check_behaviour(model: PreTrainedModel) -> None:
+def check_behaviour(model: QuietStarModel) -> None:
     """Compare tiny passes over a thought grid with the model's own plain passes.
 
     Raises:
@@ -83,12 +85,11 @@ def check_behaviour(model: PreTrainedModel) -> None:
         plain = model.base_model(inputs_embeds=model.embed(tokens), use_cache=False).last_hidden_state[0]
         _compare(model, "packed pass", packed[:, 0], plain)
 
-        cache, hidden = read_text(model, text, grid)
-        _compare(model, "text pass", hidden[0], packed[:, 0])
+        reading = read_text(model, text, grid)
+        _compare(model, "text pass", reading.hidden[0], packed[:, 0])
         for step in range(grid.rationale_length):
-            _compare(
-                model, "step pass", advance(model, text, cache, step, rows[None, ..., step])[0], rationales[:, :, step]
-            )
+            states = advance(model, reading, step, rows[None, ..., step])[0]
+            _compare(model, "step pass", states, rationales[:, :, step])
 
         head = model.language_head()
         logits = model(input_ids=tokens, use_cache=False).logits[0].float()

@@ -13,21 +13,26 @@ import torch
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from qstar.data import pack
 from qstar.embedded.pretrain import pretrained_model
 from qstar.embedded.task import EQUALS, WORKING, Problems, documents, problems
-from qstar.evaluation import choice_log_probs
-from qstar.losses import text_loss
-from qstar.model import wrap
-from qstar.report import table
-from qstar.trainer import QuietStarArguments, QuietStarTrainer, TrainResult, fit
+from qstar.evaluation.choices import choice_log_probs
+from qstar.evaluation.tables import table
+from qstar.model import QuietStarModel
+from qstar.talking import text_loss
+from qstar.training.fit import TrainResult, fit
+from qstar.training.run import output_folder, split_settings
+from qstar.training.settings import QuietStarArguments
+from qstar.training.trainer import QuietStarTrainer
+from qstar.wrapping import wrap
 
 CACHE = Path(HF_HOME) / "quiet-star"
 REPORT_FILE = "report.json"
 PROBLEMS = 500
 
+REFUSED = ("tokenizer", "eval_dataset", "resume_from_checkpoint", "start_init", "end_init")
 SIZES = dict(thought_tokens=5, ahead_tokens=1, rationales=2)
 SETTINGS = dict(
     learning_rate=3e-4,
@@ -60,22 +65,35 @@ class Score:
     accuracy: float
 
 
-def run_embedded(folder: Path, sizes: dict[str, int], settings: dict[str, Any]) -> TrainResult:
-    """Pre-train, teach to think, train plainly beside it, and compare on held-out problems.
+def train_embedded(output_dir: str | Path | None = None, **settings: Any) -> TrainResult:
+    """Pre-train a small decoder, teach it to think, train a copy plainly beside it, and compare on held-out problems.
 
     Args:
-        folder: for the model, its metrics and ``report.json``.
-        sizes: changes to ``SIZES``.
-        settings: changes to ``SETTINGS``, or any other field of :class:`qstar.trainer.QuietStarArguments`.
+        output_dir: folder for the model, its metrics and ``report.json``; by default the first free one of
+            ``runs/quiet-star``, ``runs/quiet-star-2``, ...
+        settings: changes to ``SIZES`` and ``SETTINGS``: any field of :class:`qstar.config.ThoughtSettings` but
+            ``start_init`` and ``end_init``, and of :class:`qstar.QuietStarArguments`.
+
+    Raises:
+        TypeError: a setting that does not exist.
+        ValueError: a setting with a wrong value, or one that the embedded default cannot use.
+        FileExistsError: ``output_dir`` holds an earlier run.
     """
+    for name in REFUSED:
+        if settings.get(name) is not None:
+            raise ValueError(
+                f"{name} is {settings[name]!r}, but the embedded default takes none: give model and dataset as well"
+            )
+    thoughts, settings = split_settings(settings)
+    folder = output_folder(output_dir, resume=None)
     began = time.monotonic()
     settings = SETTINGS | settings
     args = QuietStarArguments(output_dir=str(folder), **settings)
 
     print("1/4  a small decoder learns to write and to read workings")
-    model, tokenizer = pretrained_model(CACHE, args.seed)
+    decoder, tokenizer = pretrained_model(CACHE, args.seed)
     set_seed(args.seed)
-    wrap(model, tokenizer, start_init=WORKING, end_init=EQUALS, **(SIZES | sizes))
+    model = wrap(decoder, tokenizer, start_init=WORKING, end_init=EQUALS, **(SIZES | thoughts))
     plain = copy.deepcopy(model)
     asked = problems(PROBLEMS, args.seed, tokenizer)
     scores = {
@@ -126,7 +144,7 @@ def training_rows(tokenizer: PreTrainedTokenizerBase, args: QuietStarArguments) 
     return pack(Dataset.from_dict({args.text_column: texts}), tokenizer, args.seq_length, args.text_column)
 
 
-def score(model: PreTrainedModel, asked: Problems, *, thinking: bool, thoughts: Tensor | None = None) -> Score:
+def score(model: QuietStarModel, asked: Problems, *, thinking: bool, thoughts: Tensor | None = None) -> Score:
     """How ``model`` answers, see :func:`qstar.evaluation.choice_log_probs`."""
     choices, answers = torch.tensor(asked.choices), torch.tensor(asked.answers)
     log_probs = choice_log_probs(model, torch.tensor(asked.prompts), choices, thinking=thinking, thoughts=thoughts)

@@ -9,10 +9,10 @@ import pytest
 import tiny
 import torch
 
-from qstar import capture
+from qstar.experimental import cuda_graph
 from qstar.grid import Text
-from qstar.losses import Objective
-from qstar.thoughts import Thinking, think
+from qstar.learning import Objective
+from qstar.thinking import Thinking, read_text, think
 from qstar_kernels import sample_linear, thought_attention, thought_attention_step
 from qstar_kernels.testing import AttentionCase, attention_inputs, relative_error
 
@@ -116,19 +116,23 @@ def test_thoughts_from_a_graph_are_those_of_every_token_in_turn(family, autocast
         for seed in range(3):  # each captures anew, in memory that others have left
             options = dict(temperature=1.0, seed=seed, row_offset=2**33, last=None if seed else 9)
             expected = think(model, text, grid, **options)
-            assert torch.equal(think(model, text, grid, **options, cuda_graph=True), expected)
+            cuda_graph.enable(model)
+            assert torch.equal(think(model, text, grid, **options), expected)
+            cuda_graph.disable(model)
     assert expected.unique().numel() > 5
 
 
 def test_a_training_step_with_a_graph_is_that_without():
     """What autocast keeps of the weights is not lost to the memory of the graph."""
     results = []
-    for cuda_graph in (False, True):
+    for replayed in (False, True):
         model, text, _ = thinking_case()
+        if replayed:
+            cuda_graph.enable(model)
         for seed in range(3):
             model.zero_grad()
             with torch.autocast("cuda", torch.bfloat16):
-                output = Objective(seed=seed, cuda_graph=cuda_graph)(model, text.tokens)
+                output = Objective(seed=seed)(model, text.tokens)
             output.loss.backward()
         gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
         results.append((output.thoughts, output.loss, gradients))
@@ -140,10 +144,12 @@ def test_a_training_step_with_a_graph_is_that_without():
         assert relative_error(gradients_there[name], x) < 1e-5, name  # an embedding's gradient has no fixed order
 
 
-@pytest.mark.parametrize("cuda_graph", [False, True], ids=["every token", "graph"])
-def test_the_host_never_waits_while_thinking(cuda_graph):
+@pytest.mark.parametrize("replayed", [False, True], ids=["every token", "graph"])
+def test_the_host_never_waits_while_thinking(replayed):
     model, text, grid = thinking_case()
-    options = dict(temperature=1.0, cuda_graph=cuda_graph)
+    if replayed:
+        cuda_graph.enable(model)
+    options = dict(temperature=1.0)
     expected = think(model, text, grid, **options)  # which compiles kernels, and checks ids that are new
     with refused_waits():
         thoughts = think(model, text, grid, **options)
@@ -152,9 +158,10 @@ def test_the_host_never_waits_while_thinking(cuda_graph):
 
 def test_a_model_s_graphs_share_their_memory():
     model, text, grid = thinking_case()
+    cuda_graph.enable(model)
     reserved = []
     for seed in range(6):
-        think(model, text, grid, temperature=1.0, seed=seed, cuda_graph=True)
+        think(model, text, grid, temperature=1.0, seed=seed)
         reserved.append(torch.cuda.memory_reserved())
     assert len(set(reserved[1:])) == 1
 
@@ -163,12 +170,13 @@ def test_what_waits_cannot_be_captured():
     """It is refused with a reason, and the GPU works on."""
     model, text, grid = thinking_case()
     with torch.no_grad():
-        say_next = Thinking(model, text, grid, 50, temperature=1.0, seed=0, row_offset=0)
+        say_next = Thinking(model, read_text(model, text, grid), grid, 50, temperature=1.0, seed=0, row_offset=0)
         say_next()
-        with pytest.raises(ValueError, match="cuda_graph is True, but thinking cannot be captured: the model waits"):
-            capture.capture(lambda: (say_next(), say_next.tokens.tolist()), model, text.tokens.device)
+        with pytest.raises(ValueError, match="cuda_graph is enabled, but thinking cannot be captured: the model waits"):
+            cuda_graph.capture(lambda: (say_next(), say_next.tokens.tolist()), model, text.tokens.device)
     expected = think(model, text, grid, temperature=1.0)
-    assert torch.equal(think(model, text, grid, temperature=1.0, cuda_graph=True), expected)
+    cuda_graph.enable(model)
+    assert torch.equal(think(model, text, grid, temperature=1.0), expected)
 
 
 def test_compiled_by_inductor():

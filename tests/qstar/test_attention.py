@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import DynamicCache, masking_utils
 
-from qstar import attention
+from qstar import attention, drop_in, layouts
 
 LENGTH = 1030
 WINDOW = 100
@@ -42,8 +42,8 @@ def fused(monkeypatch):
         calls.append((options["window"], options["softcap"] is not None or options["sinks"] is not None))
         return op(q, k, v, **options)
 
-    op = attention.thought_attention
-    monkeypatch.setattr(attention, "thought_attention", watched)
+    op = layouts.thought_attention
+    monkeypatch.setattr(layouts, "thought_attention", watched)
     return calls
 
 
@@ -114,7 +114,7 @@ def test_generation_equals_eager(family, cache, fused):
 def test_neither_mask_nor_dense_scores_are_made(family, monkeypatch):
     model, tokens = long_model(family), tiny.text(1, LENGTH)
     model.set_attn_implementation(attention.NAME)
-    make = attention.sdpa_mask
+    make = drop_in.sdpa_mask
 
     def never(*args, **kwargs):
         raise AssertionError("a dense mask or dense scores")
@@ -123,7 +123,7 @@ def test_neither_mask_nor_dense_scores_are_made(family, monkeypatch):
         mask = make(**arguments)
         return mask if mask is None else never()
 
-    monkeypatch.setattr(attention, "sdpa_mask", no_mask)
+    monkeypatch.setattr(drop_in, "sdpa_mask", no_mask)
     monkeypatch.setattr(transformers.models.gemma2.modeling_gemma2, "eager_attention_forward", never)
     monkeypatch.setattr(transformers.models.gpt_oss.modeling_gpt_oss, "eager_attention_forward", never)
     assert model(tokens).logits.isfinite().all()
@@ -268,7 +268,7 @@ def inputs(queries: int, keys: int):
     return torch.randn(1, 4, queries, 8), torch.randn(1, 2, keys, 8), torch.randn(1, 2, keys, 8)
 
 
-def window_mask(length: int) -> attention.WindowMask:
+def window_mask(length: int) -> drop_in.WindowMask:
     return attention.qstar_mask(
         local_size=WINDOW,
         batch_size=1,
@@ -353,4 +353,4 @@ def test_dropout_is_not_lost(layer, fused):
     ],
 )
 def test_the_rule(dtype, positions, window, softcap, expected):
-    assert attention.fused_is_better(torch.empty(1, 1, positions, 8, dtype=dtype), window, softcap, None) is expected
+    assert drop_in.fused_is_better(torch.empty(1, 1, positions, 8, dtype=dtype), window, softcap, None) is expected

@@ -7,13 +7,15 @@ import torch
 from storage_watch import StorageWatch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qstar.config import QuietStarConfig
 from qstar.embedded import run
 from qstar.embedded.pretrain import PretrainSettings, decoder_config
 from qstar.embedded.task import build_tokenizer
 from qstar.grid import IGNORED
-from qstar.losses import Objective, read_batch
-from qstar.model import QuietStarConfig, attach
-from qstar.thoughts import think
+from qstar.learning import Objective
+from qstar.talking import read_batch
+from qstar.thinking import think
+from qstar.wrapping import attach
 
 
 def embedded_default():
@@ -54,7 +56,7 @@ def test_every_row_meets_the_head_once_in_each_phase(make, mixing):
     torch.manual_seed(0)
     model, vocabulary, sizes = make()
     model.resize_token_embeddings(vocabulary := vocabulary + 2, mean_resizing=False)
-    attach(model, QuietStarConfig(vocabulary - 2, vocabulary - 1, **sizes))
+    attach(model, QuietStarConfig(start_token_id=vocabulary - 2, end_token_id=vocabulary - 1, **sizes))
     with torch.no_grad():
         for vector in (model.qstar_start, model.qstar_end):
             vector.normal_()

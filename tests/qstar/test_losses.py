@@ -7,8 +7,10 @@ import tiny
 import torch
 from wait_watch import WaitWatch
 
+from qstar import reference
 from qstar.grid import Text
-from qstar.losses import Objective, advantages, talk
+from qstar.learning import Objective, advantages
+from qstar.talking import talk
 
 
 def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -34,7 +36,9 @@ def test_packed_equals_one_plain_pass_for_every_thought(family, rationales):
     ours = objective(model, tokens, thoughts=thoughts)
     our_gradients = gradients(model, ours.loss)
     model.set_attn_implementation("eager")
-    plain = tiny.plain_objective(model, tokens[0], thoughts[0], beta=0.7, tau=2.0, signed=signed)
+    plain = reference.objective(
+        model, tokens[0], thoughts[0], policy_weight=0.7, reinforce_temperature=2.0, signed=signed
+    )
     plain_gradients = gradients(model, plain["loss"])
 
     assert plain["policy_loss"].item() != 0

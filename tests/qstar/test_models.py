@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qstar import attention
 from qstar.compatibility import check_behaviour
+from qstar.config import CONFIG_FILE, QuietStarConfig
 from qstar.grid import Text
-from qstar.model import CONFIG_FILE, MIXING_HEAD_FILE, QuietStarConfig, load, wrap
-from qstar.thoughts import advance, read_grid, read_text
+from qstar.model import MIXING_HEAD_FILE
+from qstar.talking import read_grid
+from qstar.thinking import advance, read_text
+from qstar.wrapping import load, wrap
 
 FAMILIES = sorted(tiny.FAMILIES)
 
@@ -50,11 +53,11 @@ def test_step_by_step_equals_packed(family):
     packed = read_grid(model, text, grid, thoughts).unflatten(1, (7, grid.slots))
     rows = grid.tokens(tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
     rows = rows.unflatten(1, (7, grid.slots))[:, :, 1:].unflatten(2, (grid.rationales, -1))
-    cache, hidden = read_text(model, text, grid)
-    torch.testing.assert_close(hidden[mask.bool()], packed[:, :, 0][mask.bool()], rtol=1e-5, atol=1e-5)
+    reading = read_text(model, text, grid)
+    torch.testing.assert_close(reading.hidden[mask.bool()], packed[:, :, 0][mask.bool()], rtol=1e-5, atol=1e-5)
     rationales = packed[:, :, 1:].unflatten(2, (grid.rationales, -1))
     for step in range(grid.rationale_length):
-        states = advance(model, text, cache, step, rows[..., step])
+        states = advance(model, reading, step, rows[..., step])
         torch.testing.assert_close(states[mask.bool()], rationales[..., step, :][mask.bool()], rtol=1e-4, atol=1e-5)
 
 
@@ -63,10 +66,8 @@ def test_thinking_at_the_last_positions_only():
     model = tiny.thinking_model("mistral", thought_tokens=2, ahead_tokens=1)
     text, grid = Text.from_inputs(tiny.text(2, 7)), model.grid(7)
     tokens = tiny.random_thoughts(model, 2, 7)[..., 0]
-    everywhere, _ = read_text(model, text, grid)
-    last, _ = read_text(model, text, grid)
-    whole = advance(model, text, everywhere, 0, tokens)
-    part = advance(model, text, last, 0, tokens[:, -3:])
+    whole = advance(model, read_text(model, text, grid), 0, tokens)
+    part = advance(model, read_text(model, text, grid), 0, tokens[:, -3:])
     torch.testing.assert_close(part, whole[:, -3:], rtol=1e-5, atol=1e-5)
 
 
@@ -74,7 +75,7 @@ def test_checkpointing_changes_nothing():
     model = tiny.thinking_model("mistral", thought_tokens=2, ahead_tokens=2)
     tokens, thoughts = tiny.text(1, 6), tiny.random_thoughts(model, 1, 6)
     results = []
-    from qstar.losses import Objective
+    from qstar.learning import Objective
 
     for checkpointing in (False, True):
         if checkpointing:
@@ -283,7 +284,7 @@ def test_a_text_longer_than_the_model_is_refused():
 @pytest.mark.parametrize("name", ["thought_tokens", "ahead_tokens", "rationales"])
 def test_wrong_sizes_are_named(name):
     with pytest.raises(ValueError, match=f"{name} is 0"):
-        QuietStarConfig(1, 2, **{name: 0})
+        QuietStarConfig(start_token_id=1, end_token_id=2, **{name: 0})
 
 
 def test_tokenizer_of_a_saved_folder(tmp_path):

@@ -9,8 +9,10 @@ import tiny
 import torch
 from torch import Tensor
 
+from qstar import reference
 from qstar.grid import Text
-from qstar.losses import Objective, talk
+from qstar.learning import Objective
+from qstar.talking import talk
 
 LETTERS, LENGTH, POSITIONS = 2, 2, 4
 CHUNKS, COPIES = 40, 64
@@ -47,7 +49,7 @@ def exact_gradient(model, tokens: Tensor) -> Tensor:
     grid = model.grid(POSITIONS, rationales=1)
     placed = thoughts[:, None, None].expand(-1, POSITIONS, 1, -1)
     spoken = talk(model, Text.from_inputs(copies), grid, placed)
-    log_policy = tiny.logits_of(model, spoken.policy).log_softmax(-1).gather(-1, placed[..., None])[..., 0].sum(-1)
+    log_policy = reference.logits(model, spoken.policy).log_softmax(-1).gather(-1, placed[..., None])[..., 0].sum(-1)
     probability = log_policy.exp()[:, : POSITIONS - 1, 0]
     score = spoken.log_talk.detach()[:, : POSITIONS - 1, 0, 0]
     torch.testing.assert_close(probability.sum(0), torch.ones(POSITIONS - 1, dtype=torch.float64))

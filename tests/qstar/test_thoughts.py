@@ -13,11 +13,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from wait_watch import WaitWatch
 
-from qstar.capture import check_capturable
-from qstar.evaluation import evaluate_rows
+from qstar import reference
+from qstar.evaluation.held_out import evaluate_rows
+from qstar.experimental import cuda_graph
+from qstar.experimental.cuda_graph import check_capturable
 from qstar.grid import Text
-from qstar.losses import Objective, talk
-from qstar.thoughts import Thinking, advance, read_text, think
+from qstar.learning import Objective
+from qstar.talking import talk
+from qstar.thinking import Thinking, advance, read_text, think
 from qstar_kernels import thought_attention_step
 
 
@@ -31,17 +34,17 @@ def test_forced_thought_step_by_step_gives_the_packed_talk(family):
     packed = talk(model, text, grid, thoughts)
     rows = grid.tokens(text.tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
     rows = rows.unflatten(1, (8, grid.slots))
-    cache, base = read_text(model, text, grid)
+    reading = read_text(model, text, grid)
     for step in range(grid.rationale_length):
-        states = advance(model, text, cache, step, rows[:, :, 1 + step, None])[:, :, 0]
+        states = advance(model, reading, step, rows[:, :, 1 + step, None])[:, :, 0]
         k = step - grid.thought_tokens - 1
         if k < 0:
             continue
         count = 8 - 1 - k
-        u, g = base[:, k : k + count], states[:, :count]
+        u, g = reading.hidden[:, k : k + count], states[:, :count]
         head = model.qstar_mixing_head
         w = head.output(torch.relu(head.hidden(torch.relu(head.input(torch.cat([u, g], dim=-1))))))
-        mixed = tiny.logits_of(model, u + w * (g - u)).log_softmax(-1)
+        mixed = reference.logits(model, u + w * (g - u)).log_softmax(-1)
         expected = mixed.gather(-1, text.tokens[:, k + 1 :, None])[..., 0]
         torch.testing.assert_close(packed.log_talk[:, :count, 0, k], expected, rtol=1e-5, atol=1e-5)
 
@@ -71,7 +74,7 @@ def test_greedy_thoughts_take_the_most_probable_token():
     text, grid = Text.from_inputs(tiny.text(2, 6)), model.grid(6)
     thoughts = think(model, text, grid, temperature=0.0)
     policy = talk(model, text, grid, thoughts).policy
-    assert torch.equal(thoughts, tiny.logits_of(model, policy).argmax(-1))
+    assert torch.equal(thoughts, reference.logits(model, policy).argmax(-1))
 
 
 def test_thought_tokens_are_never_said():
@@ -98,9 +101,9 @@ def test_thinking_leaves_the_mode_alone_and_works_with_checkpointing():
 def test_the_cache_refuses_a_step_beyond_its_end():
     model = tiny.thinking_model(thought_tokens=2, ahead_tokens=1)
     text, grid = Text.from_inputs(tiny.text(1, 3)), model.grid(3)
-    cache, _ = read_text(model, text, grid)
+    reading = read_text(model, text, grid)
     with pytest.raises(ValueError, match=r"step is 4, but it must be in 0\.\.3"):
-        advance(model, text, cache, 4, torch.zeros(1, 3, 2, dtype=torch.int64))
+        advance(model, reading, 4, torch.zeros(1, 3, 2, dtype=torch.int64))
 
 
 WIDE = {"gpt2": dict(n_embd=64), "gpt_neox": dict(hidden_size=64)}  # heads that are wide enough for the kernels
@@ -114,10 +117,10 @@ def wide_model(family="llama", **settings):
 @pytest.fixture
 def kernels(monkeypatch):
     """Attention and its cache as on a GPU, where the step stays on the device."""
-    monkeypatch.setattr("qstar.attention.AT_HAND", ())
+    monkeypatch.setattr("qstar.cache.AT_HAND", ())
     pytest.importorskip("triton")
     on_device = partial(thought_attention_step, backend="triton")
-    monkeypatch.setattr("qstar.attention.thought_attention_step", on_device)
+    monkeypatch.setattr("qstar.layouts.thought_attention_step", on_device)
 
 
 @pytest.fixture
@@ -129,8 +132,8 @@ def replays(monkeypatch):
         made.append(Mock(side_effect=capture_on_tape(*arguments)))
         return made[-1]
 
-    monkeypatch.setattr("qstar.thoughts.check_capturable", lambda model, device: None)
-    monkeypatch.setattr("qstar.thoughts.capture", record)
+    monkeypatch.setattr("qstar.experimental.cuda_graph.check_capturable", lambda model, device: None)
+    monkeypatch.setattr("qstar.experimental.cuda_graph.capture", record)
     return made
 
 
@@ -147,7 +150,8 @@ def test_replayed_thoughts_are_those_of_every_token_in_turn(kernels, replays, fa
     options = dict(temperature=temperature, seed=-3, row_offset=2**33, last=last)
     expected = think(model, text, grid, **options)
     assert not replays
-    assert torch.equal(think(model, text, grid, **options, cuda_graph=True), expected)
+    cuda_graph.enable(model)
+    assert torch.equal(think(model, text, grid, **options), expected)
     assert [replay.call_count for replay in replays] == [3]
 
 
@@ -156,7 +160,8 @@ def test_replayed_thoughts_under_autocast(kernels, replays):
     text, grid = Text.from_inputs(tiny.text(1, 3)), model.grid(3)
     with torch.autocast("cpu", torch.bfloat16):
         expected = think(model, text, grid, temperature=1.0)
-        assert torch.equal(think(model, text, grid, temperature=1.0, cuda_graph=True), expected)
+        cuda_graph.enable(model)
+        assert torch.equal(think(model, text, grid, temperature=1.0), expected)
     assert [replay.call_count for replay in replays] == [2]
 
 
@@ -164,7 +169,7 @@ def test_what_is_captured_asks_for_nothing(kernels):
     model = wide_model(thought_tokens=3)
     text, grid = Text.from_inputs(tiny.text(1, 3)), model.grid(3)
     with torch.no_grad():
-        say_next = Thinking(model, text, grid, 3, temperature=1.0, seed=0, row_offset=0)
+        say_next = Thinking(model, read_text(model, text, grid), grid, 3, temperature=1.0, seed=0, row_offset=0)
         say_next()
         with WaitWatch() as watch:
             say_next()
@@ -183,13 +188,16 @@ class ElsewhereModel(torch.nn.Module):
 def test_a_graph_is_refused_where_it_cannot_be(monkeypatch):
     model = tiny.thinking_model(thought_tokens=3, ahead_tokens=1)
     text = Text.from_inputs(tiny.text(1, 3))
-    why = "cuda_graph is True, but thinking cannot be captured: "
+    cuda_graph.enable(model)
+    why = "cuda_graph is enabled, but thinking cannot be captured: "
     with pytest.raises(ValueError, match=why + "the text is on cpu"):
-        think(model, text, model.grid(3), temperature=1.0, cuda_graph=True)
+        think(model, text, model.grid(3), temperature=1.0)
     with pytest.raises(ValueError, match=why + "the text is on cpu"):
-        Objective(cuda_graph=True)(model, text.tokens)
+        Objective()(model, text.tokens)
     with pytest.raises(ValueError, match=why + "the text is on cpu"):
-        evaluate_rows(model, [dict(input_ids=text.tokens)], cuda_graph=True)
+        evaluate_rows(model, [dict(input_ids=text.tokens)])
+    cuda_graph.disable(model)
+    assert Objective()(model, text.tokens).loss.isfinite()
     here = torch.device("cuda", 0)
     with pytest.raises(ValueError, match=why + "layer.weight is on cpu, and the text on cuda:0"):
         check_capturable(ElsewhereModel(), here)

@@ -12,12 +12,16 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
 
-from qstar import evaluate, load, train
-from qstar.cli import main
+from qstar import evaluate, load, reference, train, train_embedded
+from qstar.commands.main import main
 from qstar.data import PadRight
+from qstar.experimental import cuda_graph
 from qstar.grid import Text
-from qstar.losses import Objective, talk
-from qstar.trainer import QuietStarArguments, QuietStarTrainer, last_whole_checkpoint
+from qstar.learning import Objective
+from qstar.talking import talk
+from qstar.training.checkpoints import last_whole_checkpoint
+from qstar.training.settings import QuietStarArguments
+from qstar.training.trainer import QuietStarTrainer
 
 QUIET = dict(
     report_to="none", disable_tqdm=True, sample_steps=0, gradient_norm_steps=0, save_strategy="no", seq_length=12
@@ -222,7 +226,7 @@ def test_a_float32_head_beside_16_bit_states_keeps_its_products():
     hidden = torch.randn(5, model.config.hidden_size).bfloat16()
     targets = torch.arange(4, 9)
     assert head.dtype == torch.float32
-    expected = tiny.logits_of(model, hidden.float()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    expected = reference.logits(model, hidden.float()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(head.log_prob(hidden, targets), expected)
     torch.testing.assert_close(head.log_prob_sum(hidden, targets, torch.ones(5))[1], expected)
 
@@ -280,19 +284,21 @@ def test_held_out_text_is_evaluated_at_the_end(tmp_path):
 
 
 def test_a_graph_is_refused_without_a_gpu(tmp_path):
-    why = "cuda_graph is True, but thinking cannot be captured: the text is on cpu"
-    settings = dict(cuda_graph=True, use_cpu=True)
+    why = "cuda_graph is enabled, but thinking cannot be captured: the text is on cpu"
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=1)
+    cuda_graph.enable(model)
     with pytest.raises(ValueError, match=why):
-        tiny_train(tmp_path / "run", **settings)
-    args = QuietStarArguments(str(tmp_path), **QUIET, **settings)
-    trainer = QuietStarTrainer(tiny.thinking_model(thought_tokens=2, ahead_tokens=1), args)
+        train(
+            model, texts(), tokenizer=tiny.tokenizer(), output_dir=tmp_path / "run", max_steps=1, use_cpu=True, **QUIET
+        )
+    trainer = QuietStarTrainer(model, QuietStarArguments(str(tmp_path), use_cpu=True, **QUIET))
     with pytest.raises(ValueError, match=why):
         trainer.evaluate([dict(input_ids=[5, 6, 7], position_ids=[0, 1, 2])])
 
 
 def test_the_embedded_default_refuses_what_it_would_ignore():
     with pytest.raises(ValueError, match="resume_from_checkpoint is True, but the embedded default takes none"):
-        train(resume_from_checkpoint=True)
+        train_embedded(resume_from_checkpoint=True)
 
 
 def test_weights_of_16_bits_are_warned_of(tmp_path, caplog):

@@ -37,7 +37,7 @@ class Tape(TorchDispatchMode):
 
 
 def capture_on_tape(call: Callable[[], None], model: torch.nn.Module, device: torch.device) -> Callable[[], None]:
-    """As ``qstar.capture.capture``, but that recording also executes: what it wrote is put back.
+    """As ``qstar.experimental.cuda_graph.capture``, but that recording also executes: what it wrote is put back.
 
     Nothing that ``call`` does on the host happens in a replay.
     """

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, a tokenizer without a hub, and the plain way to compute the objective."""
+"""Tiny random models of every family, and a tokenizer without a hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from qstar.model import wrap
+from qstar.wrapping import wrap
 
 WORDS = ["<pad>", "<eos>", "<unk>", "---", *"abcdefghijklmnopqrstuvwxyz"]
 
@@ -99,71 +99,3 @@ def random_thoughts(model, batch: int, positions: int, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, positions, model.qstar.rationales, model.qstar.thought_tokens)
     return torch.randint(4, len(WORDS), shape, generator=generator)
-
-
-def read_alone(model, tokens: Tensor) -> Tensor:
-    """Hidden states ``[S, E]`` of one sequence ``[S]`` in the model's plain causal pass."""
-    return model.base_model(inputs_embeds=model.embed(tokens[None]), use_cache=False).last_hidden_state[0]
-
-
-def logits_of(model, hidden: Tensor) -> Tensor:
-    """Logits ``[..., V]`` with the thought tokens forbidden, as the model's own forward makes them."""
-    config = model.config.get_text_config(decoder=True)
-    logits = model.get_output_embeddings()(hidden)
-    cap = getattr(config, "final_logit_softcapping", None)
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    forbidden = torch.zeros_like(logits, dtype=torch.bool)
-    forbidden[..., [model.qstar.start_token_id, model.qstar.end_token_id]] = True
-    return logits.masked_fill(forbidden, -torch.inf)
-
-
-def plain_objective(
-    model, tokens: Tensor, thoughts: Tensor, beta: float, tau: float, signed: bool
-) -> dict[str, Tensor]:
-    """The objective of one text ``[N]`` with thoughts ``[N, r, K]``, a plain pass of the model for every thought.
-
-    Written from the paper's formulas with loops, without the grid; the mean of the rationales is the baseline.
-    """
-    settings = model.qstar
-    count, ahead = len(tokens), settings.ahead_tokens
-    rationales, length = thoughts.shape[1:]
-    start, end = tokens.new_tensor([settings.start_token_id]), tokens.new_tensor([settings.end_token_id])
-    head = model.qstar_mixing_head
-    base = read_alone(model, tokens)
-    log_base = logits_of(model, base).log_softmax(-1)
-    talk = [[[None] * rationales for _ in range(count)] for _ in range(ahead)]
-    log_policy = {}
-    for i in range(count):
-        for p in range(rationales):
-            following = tokens[i + 1 : i + ahead]
-            alone = torch.cat([tokens[: i + 1], start, thoughts[i, p], end, following])
-            states = read_alone(model, alone)[i + 1 :]
-            sampled = (logits_of(model, states[:length]) / tau).log_softmax(-1)
-            log_policy[i, p] = sampled.gather(-1, thoughts[i, p][:, None])[:, 0].mean()
-            for k in range(min(ahead, count - 1 - i)):
-                u, g = base[i + k], states[length + 1 + k]
-                inner = torch.relu(head.input(torch.cat([u, g])))
-                w = head.output(torch.relu(head.hidden(inner)))[0]
-                mixed = logits_of(model, (1 - w) * u + w * g).log_softmax(-1)
-                talk[k][i][p] = mixed[tokens[i + k + 1]]
-    nll_base = -torch.stack([log_base[i, tokens[i + 1]] for i in range(count - 1)]).mean()
-    per_step = [
-        torch.stack([value for position in talk[k] for value in position if value is not None]).mean()
-        for k in range(ahead)
-        if k < count - 1
-    ]
-    nll_talk = -torch.stack(per_step).sum() / ahead
-    terms = []
-    for i in range(count - ahead):
-        scores = torch.stack([sum(talk[k][i][p] for k in range(ahead)) for p in range(rationales)])
-        baseline = scores.mean() if rationales > 1 else sum(log_base[i + k, tokens[i + k + 1]] for k in range(ahead))
-        advantage = (scores - baseline).detach()
-        advantage = advantage if signed else advantage.clamp(min=0)
-        terms += [advantage[p] * log_policy[i, p] for p in range(rationales)]
-    policy_loss = -torch.stack(terms).mean()
-    return {
-        "loss": (nll_base + nll_talk) / 2 + beta * policy_loss,
-        "nll_base": nll_base,
-        "nll_talk": nll_talk,
-        "policy_loss": policy_loss,
-    }

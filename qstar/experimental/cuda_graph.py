@@ -1,6 +1,6 @@
-"""Capturing in a CUDA graph what a model launches again and again, so that the GPU need not wait for the host.
+"""Thinking that is replayed from a CUDA graph, so that the GPU need not wait for the host.
 
-Off unless it is asked for: no GPU was at hand to measure what it gains.
+No GPU was at hand to measure what it gains, so it has no other door than :func:`enable`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,42 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from torch import distributed
-from transformers import PreTrainedModel
+from torch import distributed, nn
+
+from qstar.model import QuietStarModel
+from qstar.thinking import Thinking
 
 
-def check_capturable(model: PreTrainedModel, device: torch.device) -> None:
+def enable(model: QuietStarModel) -> None:
+    """Capture the second token of every thinking in a CUDA graph and replay it for those after it: the same thoughts.
+
+    Takes memory for one more token, which stays the model's, and the host's time for one. Thinking then raises
+    ValueError where it cannot be captured: not on a GPU, parameters elsewhere or sharded, several processes, a model
+    that waits for the device.
+    """
+    model.qstar_replay = replay
+
+
+def disable(model: QuietStarModel) -> None:
+    """Let the host launch every token again."""
+    model.qstar_replay = None
+
+
+def replay(thinking: Thinking) -> Callable[[], None]:
+    """What says the second and each later token of ``thinking``, whose first has been said."""
+    device = thinking.tokens.device
+    check_capturable(thinking.model, device)
+    return capture(thinking, thinking.model, device)
+
+
+def check_capturable(model: nn.Module, device: torch.device) -> None:
     """Raise ValueError where what ``model`` does with tensors on ``device`` cannot be captured."""
     why = _refusal(model, device)
     if why is not None:
-        raise ValueError(f"cuda_graph is True, but thinking cannot be captured: {why}")
+        raise ValueError(f"cuda_graph is enabled, but thinking cannot be captured: {why}")
 
 
-def _refusal(model: PreTrainedModel, device: torch.device) -> str | None:
+def _refusal(model: nn.Module, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the text is on {device}, not on a CUDA device"
     if distributed.is_available() and distributed.is_initialized():
@@ -47,10 +71,10 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 # Each captures into the memory of the one before it, which would else stay reserved until the device is full, and a
 # capture cannot free any.
-_latest: weakref.WeakKeyDictionary[PreTrainedModel, torch.cuda.CUDAGraph] = weakref.WeakKeyDictionary()
+_latest: weakref.WeakKeyDictionary[nn.Module, torch.cuda.CUDAGraph] = weakref.WeakKeyDictionary()
 
 
-def capture(call: Callable[[], None], model: PreTrainedModel, device: torch.device) -> Callable[[], None]:
+def capture(call: Callable[[], None], model: nn.Module, device: torch.device) -> Callable[[], None]:
     """What ``call`` launches, as a function that launches it again at once; ``call`` itself runs on the host only.
 
     ``call`` must have run before, on the caller's stream: then its kernels are compiled and loaded, what it makes once
@@ -75,7 +99,7 @@ def capture(call: Callable[[], None], model: PreTrainedModel, device: torch.devi
         raise
     except RuntimeError as error:
         raise ValueError(
-            "cuda_graph is True, but thinking cannot be captured: the model waits for the device or does something "
+            "cuda_graph is enabled, but thinking cannot be captured: the model waits for the device or does something "
             f"else that no graph can hold ({error})"
         ) from error
     _latest[model] = graph

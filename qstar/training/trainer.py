@@ -1,86 +1,33 @@
-"""Training with transformers' Trainer: the settings, the Trainer, and a run of it from rows to a saved model."""
+"""transformers' Trainer for a model that thinks."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from qstar.cpu import keep_freed_memory
-from qstar.data import AnyDataset, PadRight
-from qstar.evaluation import evaluate_rows
-from qstar.losses import BASELINES, Objective, QuietStarOutput
-from qstar.report import ProgressLine, show_thoughts
+from qstar.data import PadRight
+from qstar.evaluation.held_out import evaluate_rows
+from qstar.learning import Objective, QuietStarOutput
+from qstar.model import QuietStarModel
+from qstar.training.callbacks import ProgressLine, show_thoughts
+from qstar.training.settings import QuietStarArguments
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-SETTINGS_FILE = "training_args.json"
 LOGGED = ("likelihood_loss", "policy_loss", "nll_base", "nll_talk", "reward", "rewarded", "mixing_weight")
-
-
-def _setting(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
-
-
-@dataclass
-class QuietStarArguments(TrainingArguments):
-    """transformers' ``TrainingArguments``, with the paper's values as defaults and the settings of Quiet-STaR."""
-
-    output_dir: str | None = _setting("runs/quiet-star", "Folder for the model, the metrics and the checkpoints.")
-    learning_rate: float = _setting(1e-6, "Learning rate of the base model.")
-    weight_decay: float = _setting(1e-3, "Weight decay of the base model.")
-    warmup_steps: float = _setting(20, "Steps over which the learning rate rises to its value.")
-    per_device_train_batch_size: int = _setting(8, "Rows in a batch, on each device.")
-    logging_steps: float = _setting(10, "Log every so many steps.")
-    logging_nan_inf_filter: bool = _setting(False, "Leave losses that are not finite out of the log.")
-    dataloader_pin_memory: bool = _setting(torch.accelerator.is_available(), "Pin batches in memory, for a GPU.")
-
-    seq_length: int = _setting(256, "N: text tokens in a row.")
-    text_column: str = _setting("text", "The column that holds the text.")
-    policy_weight: float = _setting(
-        1.0,
-        "beta: weight of the REINFORCE loss. With the 1e6 of the authors' code the gradient clip throttles all else.",
-    )
-    thought_temperature: float = _setting(1.0, "Thoughts are sampled at this temperature.")
-    reinforce_temperature: float = _setting(3.0, "Log-probabilities of sampled tokens are taken at this temperature.")
-    baseline: str = _setting("mean", "What a thought is compared with.", choices=list(BASELINES))
-    signed_advantages: bool = _setting(False, "Learn from thoughts that did worse than the baseline as well.")
-    cuda_graph: bool = _setting(False, "Replay thinking from a CUDA graph; one process with one GPU.")
-    thought_embedding_lr_factor: float = _setting(
-        100.0, "Learning rate of start and end embeddings over learning_rate."
-    )
-    mixing_head_lr_factor: float = _setting(1.0, "Learning rate of the mixing head over learning_rate.")
-    sample_steps: int = _setting(50, "Show thoughts every so many steps; 0 for never.")
-    gradient_norm_steps: int = _setting(
-        100, "Log both losses' gradient norms every so many steps, on one process; 0 for never."
-    )
-
-    def __post_init__(self) -> None:
-        if torch.backends.mps.is_available():
-            self.use_cpu = True  # the sampler and the means need float64, which Apple's GPUs lack
-        super().__post_init__()
-
-    def objective(self) -> Objective:
-        """The objective that these settings describe."""
-        return Objective(
-            policy_weight=self.policy_weight,
-            temperature=self.thought_temperature,
-            reinforce_temperature=self.reinforce_temperature,
-            baseline=self.baseline,
-            signed=self.signed_advantages,
-            cuda_graph=self.cuda_graph,
-        )
+IGNORED_HOOKS = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
 
 
 class QuietStarTrainer(Trainer):
@@ -92,7 +39,14 @@ class QuietStarTrainer(Trainer):
 
     loss_is_scaled_for_ga = False
 
-    def __init__(self, model: PreTrainedModel, args: QuietStarArguments, **kwargs: Any):
+    args: QuietStarArguments
+
+    def __init__(self, model: QuietStarModel, args: QuietStarArguments, **kwargs: Any):
+        for name in IGNORED_HOOKS:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} is given, but it would be ignored: the losses and the evaluation are Quiet-STaR's own"
+                )
         if args.n_gpu > 1:
             logger.warning("training on one of %d GPUs: start with torchrun to train on all", args.n_gpu)
             args._n_gpu = 1  # nn.DataParallel runs replicas as threads over one open thought layout
@@ -200,7 +154,7 @@ class QuietStarTrainer(Trainer):
         batches = self.get_eval_dataloader(eval_dataset)
         with self.accelerator.autocast():
             model = self.accelerator.unwrap_model(self.model)
-            result = evaluate_rows(model, batches, cuda_graph=self.args.cuda_graph, total=self.accelerator.reduce)
+            result = evaluate_rows(model, batches, total=self.accelerator.reduce)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.summary().items()}
         metrics[f"{metric_key_prefix}_loss"] = (result.nll_base + result.nll_talk) / 2
         self.log(metrics)
@@ -223,64 +177,3 @@ class QuietStarTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self.accelerator.unwrap_model(self.model).load_thoughts(self.state.best_model_checkpoint)
-
-
-@dataclass
-class TrainResult:
-    """What :func:`qstar.train` brings back.
-
-    Attributes:
-        model: the trained model.
-        tokenizer: its tokenizer.
-        metrics: numbers by name; of the embedded default also its held-out table.
-        folder: where the model, the tokenizer and the settings lie; :func:`qstar.load` reads it.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    metrics: dict[str, Any] = field(default_factory=dict)
-    folder: Path = Path()
-
-
-def last_whole_checkpoint(folder: str | Path) -> Path | None:
-    """The latest checkpoint in ``folder`` that no kill cut short; None if there is none."""
-
-    def step(checkpoint: Path) -> int:
-        number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        return int(number) if number.isdecimal() else -1
-
-    for checkpoint in sorted(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=step, reverse=True):
-        try:
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):
-            logger.warning("%s was cut short and is left out", checkpoint)
-        else:
-            return checkpoint
-    return None
-
-
-def fit(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: QuietStarArguments,
-    rows: AnyDataset,
-    held_out: AnyDataset | None = None,
-    resume_from_checkpoint: bool | str | None = None,
-) -> dict[str, Any]:
-    """Train on packed rows, save model, tokenizer and settings into ``args.output_dir``, and return the metrics."""
-    if args.device.type == "cpu":
-        keep_freed_memory()
-    if resume_from_checkpoint is True:
-        resume_from_checkpoint = last_whole_checkpoint(args.output_dir)
-        if resume_from_checkpoint is None:
-            logger.warning("%s holds no whole checkpoint: training begins at the beginning", args.output_dir)
-    trainer = QuietStarTrainer(model, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
-    outcome = trainer.train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint))
-    trainer.save_model()
-    trainer.save_state()
-    if held_out is not None and args.eval_strategy == "no":
-        trainer.evaluate()
-    if trainer.is_world_process_zero():
-        (Path(args.output_dir) / SETTINGS_FILE).write_text(args.to_json_string() + "\n")
-    logged = {name: value for record in trainer.state.log_history for name, value in record.items()}
-    return {**logged, **outcome.metrics}

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qstar.data import AnyDataset, PadRight, load_texts, pack
-from qstar.grid import IGNORED, Text
-from qstar.losses import read_batch, talk
-from qstar.thoughts import evaluating, speak, think
+from qstar.grid import IGNORED
+from qstar.model import QuietStarModel
+from qstar.talking import read_batch, talk
+from qstar.thinking import evaluating, think
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,11 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_rows(
-    model: PreTrainedModel,
+    model: QuietStarModel,
     batches: Iterable[dict[str, Tensor]],
     *,
     temperature: float = 0.0,
     seed: int = 0,
-    cuda_graph: bool = False,
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Evaluation:
     """Evaluate on batches as :class:`qstar.data.PadRight` makes them.
@@ -69,7 +69,6 @@ def evaluate_rows(
         batches: what :meth:`qstar.grid.Text.from_inputs` takes, by name.
         temperature: thoughts are sampled at; greedy by default.
         seed: of the thoughts, where they are sampled.
-        cuda_graph: replay thinking from a CUDA graph, see :func:`qstar.thoughts.think`.
         total: adds sums over all processes; the identity by default.
 
     Raises:
@@ -83,8 +82,7 @@ def evaluate_rows(
         for batch in batches:
             text = read_batch(model, **{name: value.to(device) for name, value in batch.items()})
             grid = model.grid(text.tokens.shape[1], rationales=1)
-            sampling = dict(temperature=temperature, seed=seed, row_offset=row_offset)
-            thoughts = think(model, text, grid, **sampling, cuda_graph=cuda_graph)
+            thoughts = think(model, text, grid, temperature=temperature, seed=seed, row_offset=row_offset)
             row_offset += text.tokens.numel()
             spoken = talk(model, text, grid, thoughts)
             counts = spoken.targets != IGNORED
@@ -106,7 +104,7 @@ def evaluate_rows(
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: QuietStarModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: str | Path | AnyDataset,
     *,
@@ -135,29 +133,3 @@ def evaluate(
     rows = pack(load_texts(dataset, split), tokenizer, seq_length, text_column)
     loader = DataLoader(list(islice(rows, max_rows)), batch_size, collate_fn=PadRight(tokenizer.pad_token_id or 0))
     return evaluate_rows(model, loader, temperature=temperature, seed=seed)
-
-
-def choice_log_probs(
-    model: PreTrainedModel, prompts: Tensor, choices: Tensor, *, thinking: bool, thoughts: Tensor | None = None
-) -> Tensor:
-    """Log-probabilities of the permitted answers, normalised over them (the paper's zero-shot evaluation).
-
-    Args:
-        model: from :func:`qstar.wrap` or :func:`qstar.load`.
-        prompts: ``[B, N]`` int64, all of one length.
-        choices: permitted next tokens, ``[A]`` int64.
-        thinking: whether to think, greedily, before the answer.
-        thoughts: thoughts to read instead of the model's own, ``[B, K]`` int64.
-
-    Returns:
-        ``[B, A]``, nats, on the device of ``prompts``.
-    """
-    device = model.get_input_embeddings().weight.device
-    text, choices = Text.from_inputs(prompts.to(device)), choices.to(device)
-    grid = model.grid(prompts.shape[1], rationales=1)
-    if thoughts is None:
-        thoughts = think(model, text, grid, temperature=0.0, last=1)
-    base, mixed = speak(model, text, grid, thoughts.to(device).view(len(prompts), 1, 1, grid.thought_tokens))
-    states = mixed[:, 0, 0] if thinking else base[:, 0]
-    scores = model.language_head().log_prob(states.repeat_interleave(len(choices), 0), choices.repeat(len(prompts)))
-    return scores.detach().view(len(prompts), len(choices)).log_softmax(-1).to(prompts.device)

@@ -1,18 +1,21 @@
-"""What a model learns from its thoughts: the likelihood of the text with and without them, and a reward for each."""
+"""Learn, the third of the paper's three steps: the likelihood of the text, and a reward for every thought.
+
+:class:`Objective` thinks, talks and learns: what training minimises. ``reference.py`` says the same in plain loops.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.profiler import record_function
 from transformers.utils import ModelOutput
 
-from qstar.attention import Packed
-from qstar.grid import IGNORED, Text, ThoughtGrid
-from qstar.thoughts import read_grid, think
+from qstar.grid import IGNORED, ThoughtGrid
+from qstar.model import QuietStarModel
+from qstar.talking import Talk, masked_mean, read_batch, talk
+from qstar.thinking import think
 
 BASELINES = ("mean", "leave_one_out", "base")
 
@@ -42,73 +45,6 @@ class QuietStarOutput(ModelOutput):
     rewarded: Tensor | None = None
     mixing_weight: Tensor | None = None
     thoughts: Tensor | None = None
-
-
-@dataclass
-class Talk:
-    """Log-probabilities of the text, fp32 nats; 0 where there is nothing to predict.
-
-    Attributes:
-        loss: ``(NLL_base + NLL_talk) / 2``; of all this it alone and ``policy`` carry gradients.
-        log_base: without thoughts, ``[B, N]``.
-        log_talk: of ``x_{i+k+1}`` after the thought at ``i``, ``[B, N, r, m]``.
-        weight: of the thought in the mix, ``[B, N, r, m]``.
-        targets: what ``log_talk`` scores, ``[B, N, m]`` int64, ``IGNORED`` where nothing.
-        policy: states that predict the sampled tokens, ``[B, N, r, K, E]``.
-    """
-
-    loss: Tensor
-    log_base: Tensor
-    log_talk: Tensor
-    weight: Tensor
-    targets: Tensor
-    policy: Tensor
-
-
-def talk(model: PreTrainedModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, backend: str = "auto") -> Talk:
-    """Score the text with and without the given thoughts ``[B, N, r, K]``, in one packed pass."""
-    base, policy, after = grid.split(read_grid(model, text, grid, thoughts, backend))
-    batch, positions = text.tokens.shape
-    targets = text.talk_targets(grid)
-
-    row = torch.arange(batch, device=base.device)[:, None, None] * positions
-    base_index = repeat(row + grid.ahead_positions(base.device), "b n m -> b n r m", r=grid.rationales)
-    base = rearrange(base, "b n e -> (b n) e")
-    mixed, weight = model.qstar_mixing_head(
-        base, after.flatten(0, 3), base_index.flatten(), sigmoid=model.qstar.sigmoid
-    )
-    talk_targets = repeat(targets, "b n m -> b n r m", r=grid.rationales)
-    total, log_prob = model.language_head().log_prob_sum(
-        torch.cat([base.to(mixed.dtype), mixed]),
-        torch.cat([text.targets.flatten(), talk_targets.flatten()]),
-        torch.cat(
-            [_shares(text.targets, (0, 1)).flatten(), _shares(talk_targets, (0, 1, 2)).flatten() / grid.ahead_tokens]
-        ),
-    )
-    log_base, log_talk = log_prob.split([len(base), len(mixed)])
-    return Talk(
-        loss=-total / 2,
-        log_base=log_base.view(batch, positions),
-        log_talk=log_talk.view_as(base_index),
-        weight=weight.detach().view_as(base_index),
-        targets=targets,
-        policy=policy,
-    )
-
-
-def read_batch(model: PreTrainedModel, *args: Tensor | None, **batch: Tensor) -> Text:
-    """A batch as :meth:`qstar.grid.Text.from_inputs` takes it; thought tokens in the text are read, never learned."""
-    text = Text.from_inputs(*args, **batch)
-    said = torch.isin(text.targets, model.language_head().forbidden)
-    return replace(text, targets=text.targets.masked_fill(said, IGNORED))
-
-
-def text_loss(model: PreTrainedModel, *args, **batch: Tensor) -> Tensor:
-    """Mean negative log-likelihood of a text without thoughts, nats; the batch as ``Text.from_inputs`` takes it."""
-    text = read_batch(model, *args, **batch)
-    hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start))
-    log_prob = model.language_head().log_prob(hidden.flatten(0, 1), text.targets.flatten())
-    return -_mean(log_prob, text.targets.flatten() != IGNORED)
 
 
 def advantages(scores: Tensor, base_scores: Tensor, baseline: str) -> Tensor:
@@ -142,8 +78,6 @@ class Objective:
         signed: learn from thoughts that did worse as well; by default only from those that did better.
         seed: of the thoughts.
         row_offset: rows (batch, position, rationale) that other processes or batches have before these.
-        backend: of the attention over the thought grid.
-        cuda_graph: replay thinking from a CUDA graph, see :func:`qstar.thoughts.think`.
     """
 
     policy_weight: float = 1.0
@@ -153,8 +87,6 @@ class Objective:
     signed: bool = False
     seed: int = 0
     row_offset: int = 0
-    backend: str = "auto"
-    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.baseline not in BASELINES:
@@ -168,7 +100,7 @@ class Objective:
 
     def __call__(
         self,
-        model: PreTrainedModel,
+        model: QuietStarModel,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
@@ -179,25 +111,27 @@ class Objective:
         text = read_batch(model, input_ids, attention_mask, labels, position_ids)
         grid = model.grid(input_ids.shape[1])
         if thoughts is None:
-            sampling = dict(temperature=self.temperature, seed=self.seed, row_offset=self.row_offset)
-            thoughts = think(model, text, grid, **sampling, cuda_graph=self.cuda_graph)
-        spoken = talk(model, text, grid, thoughts, self.backend)
-        nll_base = -_mean(spoken.log_base, text.targets != IGNORED)
+            thoughts = think(
+                model, text, grid, temperature=self.temperature, seed=self.seed, row_offset=self.row_offset
+            )
+        spoken = talk(model, text, grid, thoughts)
+        nll_base = -masked_mean(spoken.log_base, text.targets != IGNORED)
         counts = spoken.targets != IGNORED
-        per_step = [-_mean(spoken.log_talk[..., k].mean(-1), counts[..., k]) for k in range(grid.ahead_tokens)]
+        per_step = [-masked_mean(spoken.log_talk[..., k].mean(-1), counts[..., k]) for k in range(grid.ahead_tokens)]
         nll_talk = torch.stack(per_step).mean()
         whole = counts.all(-1)
-        advantage = self.advantage(spoken, grid) * whole[..., None]
-        policy_loss = self.policy_loss(model, spoken.policy, thoughts, advantage, whole)
+        with record_function("qstar::learn"):
+            advantage = self.advantage(spoken, grid) * whole[..., None]
+            policy_loss = self.policy_loss(model, spoken.policy, thoughts, advantage, whole)
         return QuietStarOutput(
             loss=spoken.loss + self.policy_weight * policy_loss,
             likelihood_loss=spoken.loss,
             policy_loss=policy_loss,
             nll_base=nll_base,
             nll_talk=nll_talk,
-            reward=_mean(advantage.mean(-1), whole),
-            rewarded=_mean((advantage != 0).float().mean(-1), whole),
-            mixing_weight=_mean(spoken.weight.mean(2), counts),
+            reward=masked_mean(advantage.mean(-1), whole),
+            rewarded=masked_mean((advantage != 0).float().mean(-1), whole),
+            mixing_weight=masked_mean(spoken.weight.mean(2), counts),
             thoughts=thoughts,
         )
 
@@ -210,7 +144,7 @@ class Objective:
         return advantage if self.signed else advantage.clamp(min=0)
 
     def policy_loss(
-        self, model: PreTrainedModel, policy: Tensor, thoughts: Tensor, advantage: Tensor, whole: Tensor
+        self, model: QuietStarModel, policy: Tensor, thoughts: Tensor, advantage: Tensor, whole: Tensor
     ) -> Tensor:
         """REINFORCE over the sampled tokens; only thoughts whose advantage is not 0 meet the head.
 
@@ -232,14 +166,3 @@ class Objective:
             temperature=self.reinforce_temperature,
         )
         return -total
-
-
-def _shares(targets: Tensor, over: tuple[int, ...]) -> Tensor:
-    """The weight of each target in the mean over the axes ``over``, ignored ones left out."""
-    counts = (targets != IGNORED).double()
-    return counts / counts.sum(over, keepdim=True).clamp(min=1)
-
-
-def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """The mean of ``values`` over ``where``; 0 where that is empty."""
-    return (values * where).sum() / where.sum().clamp(min=1)

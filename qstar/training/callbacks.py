@@ -1,39 +1,13 @@
-"""What a person sees: tables and samples of thoughts."""
+"""What a person sees while a model trains: a line of what matters, and samples of thoughts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import exp
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import ProgressCallback
-
-from qstar.evaluation import Evaluation
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain text table, the first column to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(cells))
-        for cells in ([*zip(row, widths, strict=True)] for row in (header, *rows))
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def evaluation_table(result: Evaluation) -> str:
-    """The held-out log-likelihood with and without thoughts, by how far ahead the token lies."""
-    rows = [
-        [f"{ahead} ahead", f"{-base:.4f}", f"{-talk:.4f}", f"{base - talk:+.4f}"]
-        for ahead, (base, talk) in enumerate(zip(result.nll_base_ahead, result.nll_talk_ahead, strict=True), start=1)
-    ]
-    header = ["log-likelihood (nats per token)", "without thoughts", "with thoughts", "gain"]
-    return (
-        f"{table(header, rows)}\n\n{result.tokens} tokens predicted; mean mixing weight {result.mixing_weight:.3f}; "
-        f"perplexity {exp(result.nll_base):.3f} without and {exp(result.nll_talk):.3f} with thoughts"
-    )
 
 
 class ProgressLine(ProgressCallback):
@@ -49,7 +23,7 @@ class ProgressLine(ProgressCallback):
         ("eval_nll_talk", "with", ".4f"),
     )
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs:
             parts = [f"{label} {logs[name]:{form}}" for name, label, form in self.SHOWN if name in logs]
             if parts:

@@ -1,0 +1,1 @@
+"""What ``qstar`` does in a shell: one file a command."""

@@ -1,0 +1,44 @@
+"""The command ``qstar``: finds the command that is named, and says what went wrong in it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a model; without arguments, a small built-in one on a built-in task (minutes on a laptop)",
+    "eval": "held-out log-likelihood of a trained model, with and without thoughts",
+}
+USAGE = f"""usage: qstar [-h] [--traceback] {{{",".join(COMMANDS)}}} ...
+
+Teach a language model to think before it speaks (Quiet-STaR).
+
+commands:
+{"".join(f"  {name:8}{what}{chr(10)}" for name, what in COMMANDS.items())}
+--traceback, before the command, shows where in the code an error arose.
+qstar COMMAND --help tells more.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0, 1 where it failed and 2 where its arguments are wrong."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    traced = arguments[:1] == ["--traceback"]
+    arguments = arguments[traced:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"{USAGE}\nqstar: unknown command {command!r}", file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(f"qstar.commands.{command}").run(rest)
+    except (OSError, TypeError, ValueError) as error:
+        if traced:
+            traceback.print_exc()
+        print(f"qstar {command}: {error}", file=sys.stderr)
+        return 1
+    return 0

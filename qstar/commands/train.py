@@ -1,0 +1,28 @@
+"""``qstar train``: every field of the settings is a flag; without a model and a dataset, the embedded default."""
+
+from __future__ import annotations
+
+import argparse
+
+from transformers import HfArgumentParser
+
+from qstar.config import ThoughtSettings
+from qstar.embedded.run import train_embedded
+from qstar.training.run import train
+from qstar.training.settings import QuietStarArguments, RunSettings
+
+
+def run(arguments: list[str]) -> None:
+    """Train as the arguments say."""
+    parser = HfArgumentParser(
+        [RunSettings, ThoughtSettings, QuietStarArguments],
+        prog="qstar train",
+        description="Train a model to think. Without --model and --dataset, runs the embedded default.",
+    )
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # what was not typed is left to what is called: each has its own defaults
+    given = vars(parser.parse_args(arguments))
+    if given.pop("resume", False):
+        given["resume_from_checkpoint"] = True
+    result = train(**given) if {"model", "dataset"} & set(given) else train_embedded(**given)
+    print(f"saved in {result.folder}")

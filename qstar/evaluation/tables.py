@@ -1,0 +1,31 @@
+"""Results as plain text tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp
+
+from qstar.evaluation.held_out import Evaluation
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain text table, the first column to the left and the others to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(cells))
+        for cells in ([*zip(row, widths, strict=True)] for row in (header, *rows))
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def evaluation_table(result: Evaluation) -> str:
+    """The held-out log-likelihood with and without thoughts, by how far ahead the token lies."""
+    rows = [
+        [f"{ahead} ahead", f"{-base:.4f}", f"{-talk:.4f}", f"{base - talk:+.4f}"]
+        for ahead, (base, talk) in enumerate(zip(result.nll_base_ahead, result.nll_talk_ahead, strict=True), start=1)
+    ]
+    header = ["log-likelihood (nats per token)", "without thoughts", "with thoughts", "gain"]
+    return (
+        f"{table(header, rows)}\n\n{result.tokens} tokens predicted; mean mixing weight {result.mixing_weight:.3f}; "
+        f"perplexity {exp(result.nll_base):.3f} without and {exp(result.nll_talk):.3f} with thoughts"
+    )

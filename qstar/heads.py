@@ -1,0 +1,98 @@
+"""The mixing head, which weighs a thought, and the output head of the model as the ops take it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qstar_kernels import linear_log_prob, linear_log_prob_sum, mix_hidden, sample_linear
+
+
+class MixingHead(nn.Module):
+    """The weight of a thought: an MLP on [base state; post-thought state], 2E -> E -> E -> 1 (paper, section 4.4).
+
+    The last layer starts at zero, so that an untrained head leaves the base model's predictions as they are.
+    """
+
+    def __init__(self, width: int, **factory: Any):
+        super().__init__()
+        self.input = nn.Linear(2 * width, width, **factory)
+        self.hidden = nn.Linear(width, width, **factory)
+        self.output = nn.Linear(width, 1, bias=False, **factory)
+        nn.init.zeros_(self.output.weight)
+
+    def features(self, base: Tensor, thought: Tensor, base_index: Tensor) -> Tensor:
+        """What the last layer reads, ``[R, E]``, from base ``[Rb, E]``, thought ``[R, E]`` and base_index ``[R]``.
+
+        The first layer is linear in both states: its part on the base is computed once per text position.
+        """
+        width = base.shape[-1]
+        from_base = F.linear(base, self.input.weight[:, :width], self.input.bias)
+        from_thought = F.linear(thought, self.input.weight[:, width:])
+        return F.relu(self.hidden(F.relu(from_base.index_select(0, base_index) + from_thought)))
+
+    def forward(
+        self, base: Tensor, thought: Tensor, base_index: Tensor, sigmoid: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Mixed states ``[R, E]`` and weights ``[R]``, at least fp32, see :func:`qstar_kernels.mix_hidden`.
+
+        A young head's weight is far below what 16 bits resolve beside 1: mixed in them, rewards would be noise.
+        """
+        features = self.features(base, thought, base_index)
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        weight = self.output.weight[0].to(features.dtype)
+        return mix_hidden(base.to(dtype), thought.to(dtype), features, weight, base_index=base_index, sigmoid=sigmoid)
+
+
+@dataclass(frozen=True)
+class LanguageHead:
+    """The output head as the ops take it: ``z = softcap(logit_scale * (h W^T + bias))``, thought tokens forbidden.
+
+    ``dtype`` is that of a GPU's products. Float32 states are scored exactly all the same, at the price of a product
+    more; ``states.to(head.dtype)`` saves it where differences between rows do not matter.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    forbidden: Tensor
+    dtype: torch.dtype
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return dict(bias=self.bias, logit_scale=self.logit_scale, softcap=self.softcap, forbidden=self.forbidden)
+
+    def _operand(self, hidden: Tensor) -> Tensor:
+        return hidden.to(torch.promote_types(hidden.dtype, self.dtype))
+
+    @functools.cached_property
+    def _drawing_weight(self) -> Tensor:
+        """The weight in the dtype that products take it in, made once for many draws; a CPU's are never of 16 bits."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.weight.detach().to(self.dtype if self.weight.is_cuda else wide)
+
+    def log_prob(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities ``[R]`` (fp32) of targets ``[R]`` at hidden ``[R, E]``; 0 for ignored targets."""
+        options = self._options | dict(temperature=temperature, product_dtype=self.dtype)
+        return linear_log_prob(self._operand(hidden), self.weight, targets, **options)
+
+    def log_prob_sum(
+        self, hidden: Tensor, targets: Tensor, row_weight: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """The differentiable sum of ``row_weight`` ``[R]`` times log-probability, and the log-probabilities ``[R]``."""
+        hidden = self._operand(hidden)
+        row_weight = row_weight.to(torch.promote_types(hidden.dtype, torch.float32))
+        options = self._options | dict(temperature=temperature, product_dtype=self.dtype)
+        return linear_log_prob_sum(hidden, self.weight, targets, row_weight, **options)
+
+    def sample(self, hidden: Tensor, *, seed: int, step: int | Tensor, row_offset: int, temperature: float) -> Tensor:
+        """Tokens ``[R]`` drawn at ``temperature``, the most probable ones at 0."""
+        options = self._options | dict(seed=seed, step=step, row_offset=row_offset, temperature=temperature)
+        tokens, _ = sample_linear(hidden.to(self.dtype), self._drawing_weight, **options)
+        return tokens

@@ -1,0 +1,109 @@
+"""The objective in plain loops: what ``talking.py`` and ``learning.py`` compute, to be read beside the paper.
+
+A plain causal pass of the model for every thought, no thought grid, no packed pass, no cache, no op of ours. It is the
+specification that the tests hold the product against, and far too slow for anything else. Names are the paper's:
+``u`` base state, ``g`` state after the thought, ``w`` mixing weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qstar.model import QuietStarModel
+
+
+def hidden_states(model: QuietStarModel, tokens: Tensor) -> Tensor:
+    """Hidden states ``[S, E]`` of one sequence ``[S]`` in the model's plain causal pass."""
+    return model.base_model(inputs_embeds=model.embed(tokens[None]), use_cache=False).last_hidden_state[0]
+
+
+def logits(model: QuietStarModel, hidden: Tensor) -> Tensor:
+    """Logits ``[..., V]`` of hidden states ``[..., E]``; those of the thought tokens are -inf."""
+    config = model.config.get_text_config(decoder=True)
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    values = model.get_output_embeddings()(hidden) * scale
+    values = values if cap is None else cap * torch.tanh(values / cap)
+    forbidden = torch.zeros_like(values, dtype=torch.bool)
+    forbidden[..., [model.qstar.start_token_id, model.qstar.end_token_id]] = True
+    return values.masked_fill(forbidden, -torch.inf)
+
+
+def mix(model: QuietStarModel, u: Tensor, g: Tensor) -> Tensor:
+    """``(1 - w) u + w g``, the weight by the mixing head's MLP on both states ``[E]`` (paper, section 4.4)."""
+    head = model.qstar_mixing_head
+    w = head.output(torch.relu(head.hidden(torch.relu(head.input(torch.cat([u, g]))))))
+    w = torch.sigmoid(w) if model.qstar.sigmoid else w
+    return (1 - w) * u + w * g
+
+
+def objective(
+    model: QuietStarModel,
+    tokens: Tensor,
+    thoughts: Tensor,
+    *,
+    policy_weight: float,
+    reinforce_temperature: float,
+    baseline: str = "mean",
+    signed: bool = False,
+) -> dict[str, Tensor]:
+    """The objective of one text with given thoughts.
+
+    Args:
+        model: the model; its attention may be any that transformers has.
+        tokens: the text x, ``[N]`` int64.
+        thoughts: sampled tokens, ``[N, r, K]`` int64.
+        policy_weight: beta.
+        reinforce_temperature: the log-probabilities of sampled tokens are taken at.
+        baseline: ``mean``, ``leave_one_out`` or ``base``, as in :func:`qstar.learning.advantages`.
+        signed: learn from thoughts that did worse as well.
+
+    Returns:
+        Scalars ``loss``, ``nll_base``, ``nll_talk`` and ``policy_loss``, with gradients.
+    """
+    count, ahead = len(tokens), model.qstar.ahead_tokens
+    rationales, length = thoughts.shape[1:]
+    start, end = tokens.new_tensor([model.qstar.start_token_id]), tokens.new_tensor([model.qstar.end_token_id])
+
+    # Without thoughts: the base states u, and log p_base of every next token.
+    base = hidden_states(model, tokens)
+    log_base = [logits(model, base[i]).log_softmax(-1)[tokens[i + 1]] for i in range(count - 1)]
+
+    # With each thought: log p_talk of the tokens ahead, and the mean log-probability of the thought itself.
+    log_talk: dict[tuple[int, int, int], Tensor] = {}
+    log_policy: dict[tuple[int, int], Tensor] = {}
+    for i in range(count):
+        for p in range(rationales):
+            alone = torch.cat([tokens[: i + 1], start, thoughts[i, p], end, tokens[i + 1 : i + ahead]])
+            states = hidden_states(model, alone)[i + 1 :]
+            sampled = (logits(model, states[:length]) / reinforce_temperature).log_softmax(-1)
+            log_policy[i, p] = sampled.gather(-1, thoughts[i, p][:, None]).mean()
+            for k in range(min(ahead, count - 1 - i)):
+                mixed = mix(model, base[i + k], states[length + 1 + k])
+                log_talk[i, p, k] = logits(model, mixed).log_softmax(-1)[tokens[i + k + 1]]
+
+    nll_base = -torch.stack(log_base).mean()
+    per_step = [torch.stack([x for (_, _, step), x in log_talk.items() if step == k]) for k in range(ahead)]
+    nll_talk = -torch.stack([values.mean() for values in per_step]).mean()
+
+    # REINFORCE, over the positions all of whose tokens ahead exist.
+    terms = []
+    for i in range(count - ahead):
+        without = torch.stack(log_base[i : i + ahead]).sum()
+        scores = torch.stack([sum(log_talk[i, p, k] for k in range(ahead)) for p in range(rationales)])
+        for p in range(rationales):
+            others = torch.cat([scores[:p], scores[p + 1 :]])
+            if baseline == "base" or rationales == 1:
+                average = without
+            else:
+                average = scores.mean() if baseline == "mean" else others.mean()
+            advantage = (scores[p] - average).detach()
+            terms.append((advantage if signed else advantage.clamp(min=0)) * log_policy[i, p])
+    policy_loss = -torch.stack(terms).mean()
+    return {
+        "loss": (nll_base + nll_talk) / 2 + policy_weight * policy_loss,
+        "nll_base": nll_base,
+        "nll_talk": nll_talk,
+        "policy_loss": policy_loss,
+    }

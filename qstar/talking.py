@@ -1,0 +1,132 @@
+"""Talk, the second of the paper's three steps: predict the text after a thought, mixed with the prediction without.
+
+In training all text and all thoughts are one packed pass (:func:`talk`); where a model answers, a thought is read token
+by token into the cache of the text (:func:`speak`). ``learning.py`` goes on from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+from torch.profiler import record_function
+
+from qstar.grid import IGNORED, Text, ThoughtGrid
+from qstar.layouts import Packed
+from qstar.model import QuietStarModel
+from qstar.thinking import Reading, advance, evaluating
+
+
+@dataclass
+class Talk:
+    """Log-probabilities of the text, fp32 nats; 0 where there is nothing to predict.
+
+    Attributes:
+        loss: ``(NLL_base + NLL_talk) / 2``; of all this it alone and ``policy`` carry gradients.
+        log_base: without thoughts, ``[B, N]``.
+        log_talk: of ``x_{i+k+1}`` after the thought at ``i``, ``[B, N, r, m]``.
+        weight: of the thought in the mix, ``[B, N, r, m]``.
+        targets: what ``log_talk`` scores, ``[B, N, m]`` int64, ``IGNORED`` where nothing.
+        policy: states that predict the sampled tokens, ``[B, N, r, K, E]``.
+    """
+
+    loss: Tensor
+    log_base: Tensor
+    log_talk: Tensor
+    weight: Tensor
+    targets: Tensor
+    policy: Tensor
+
+
+def read_grid(model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor) -> Tensor:
+    """One packed pass over text and thoughts: hidden states ``[B, N*C, E]`` from thoughts ``[B, N, r, K]``."""
+    tokens = grid.tokens(text.tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
+    return model.read(tokens, grid.position_ids(text.positions), Packed(grid.slots, grid.rationales, start=text.start))
+
+
+def talk(model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor) -> Talk:
+    """Score the text with and without the given thoughts ``[B, N, r, K]``, in one packed pass (paper, section 4.3)."""
+    with record_function("qstar::talk"):
+        base, policy, after = grid.split(read_grid(model, text, grid, thoughts))
+        batch, positions = text.tokens.shape
+        targets = text.talk_targets(grid)
+
+        row = torch.arange(batch, device=base.device)[:, None, None] * positions
+        base_index = repeat(row + grid.ahead_positions(base.device), "b n m -> b n r m", r=grid.rationales)
+        base = rearrange(base, "b n e -> (b n) e")
+        mixed, weight = model.mix(base, after.flatten(0, 3), base_index.flatten())
+        talk_targets = repeat(targets, "b n m -> b n r m", r=grid.rationales)
+        shares = shares_of_mean(talk_targets, (0, 1, 2)).flatten() / grid.ahead_tokens
+        total, log_prob = model.language_head().log_prob_sum(
+            torch.cat([base.to(mixed.dtype), mixed]),
+            torch.cat([text.targets.flatten(), talk_targets.flatten()]),
+            torch.cat([shares_of_mean(text.targets, (0, 1)).flatten(), shares]),
+        )
+        log_base, log_talk = log_prob.split([len(base), len(mixed)])
+    return Talk(
+        loss=-total / 2,
+        log_base=log_base.view(batch, positions),
+        log_talk=log_talk.view_as(base_index),
+        weight=weight.detach().view_as(base_index),
+        targets=targets,
+        policy=policy,
+    )
+
+
+@torch.no_grad()
+def speak(model: QuietStarModel, reading: Reading, thoughts: Tensor, *, cached: int = 0) -> Tensor:
+    """Read given thoughts to their end token, at the last positions of a text that has been read.
+
+    Args:
+        model: the model; thoughts are read in ``eval()``.
+        reading: of the text.
+        thoughts: ``[B, Nq, r, K]`` int64.
+        cached: tokens of these thoughts, the start token among them, that the cache of ``reading`` holds already: K
+            after :func:`qstar.thinking.think` with this reading sampled them.
+
+    Returns:
+        States that predict the next token, mixed with what each thought leads to, ``[B, Nq, r, E]``.
+
+    Raises:
+        ValueError: ``cached`` is not in 0..K + 1.
+    """
+    edge = torch.full_like(thoughts[..., :1], model.qstar.start_token_id)
+    tokens = torch.cat([edge, thoughts, torch.full_like(edge, model.qstar.end_token_id)], dim=-1)
+    if not 0 <= cached < tokens.shape[-1]:
+        raise ValueError(f"cached is {cached}, but it must be in 0..{tokens.shape[-1] - 1}: the end token is read here")
+    with record_function("qstar::talk"), evaluating(model):
+        for step in range(cached, tokens.shape[-1]):
+            after = advance(model, reading, step, tokens[..., step])
+        base = reading.hidden[:, -thoughts.shape[1] :]
+        index = torch.arange(base.shape[:2].numel(), device=base.device).repeat_interleave(thoughts.shape[2])
+        mixed, _ = model.mix(base.flatten(0, 1), after.flatten(0, 2), index)
+    return mixed.view_as(after)
+
+
+def read_batch(model: QuietStarModel, *args: Tensor | None, **batch: Tensor) -> Text:
+    """A batch as :meth:`qstar.grid.Text.from_inputs` takes it; thought tokens in the text are read, never learned."""
+    text = Text.from_inputs(*args, **batch)
+    said = torch.isin(text.targets, model.language_head().forbidden)
+    return replace(text, targets=text.targets.masked_fill(said, IGNORED))
+
+
+def text_loss(model: QuietStarModel, *args: Any, **batch: Tensor) -> Tensor:
+    """Mean negative log-likelihood of a text without thoughts, nats; the batch as ``Text.from_inputs`` takes it."""
+    text = read_batch(model, *args, **batch)
+    hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start))
+    log_prob = model.language_head().log_prob(hidden.flatten(0, 1), text.targets.flatten())
+    return -masked_mean(log_prob, text.targets.flatten() != IGNORED)
+
+
+def shares_of_mean(targets: Tensor, over: tuple[int, ...]) -> Tensor:
+    """The weight of each target in the mean over the axes ``over``, ignored ones left out."""
+    counts = (targets != IGNORED).double()
+    return counts / counts.sum(over, keepdim=True).clamp(min=1)
+
+
+def masked_mean(values: Tensor, where: Tensor) -> Tensor:
+    """The mean of ``values`` over ``where``; 0 where that is empty."""
+    return (values * where).sum() / where.sum().clamp(min=1)

@@ -1,0 +1,170 @@
+"""Think, the first of the paper's three steps: at every position of a text, sample thoughts of K tokens.
+
+The text is read once; then the thoughts at all of its positions advance together, one token at a time. ``talking.py``
+goes on from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from qstar.cache import ThoughtCache
+from qstar.grid import Text, ThoughtGrid
+from qstar.layouts import Extension, Packed, Step
+from qstar.model import QuietStarModel
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold ``model`` in ``eval()``: gradient checkpointing in ``train()`` would drop the cache."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text that has been read without thoughts, and has room for them.
+
+    Attributes:
+        text: what was read, ``[B, N]``.
+        cache: its keys and values.
+        hidden: states that predict the next token, ``[B, N, E]``.
+    """
+
+    text: Text
+    cache: ThoughtCache
+    hidden: Tensor
+
+
+def read_text(model: QuietStarModel, text: Text, grid: ThoughtGrid) -> Reading:
+    """Read a text without thoughts, into a cache that has room for the thoughts of ``grid``."""
+    cache = ThoughtCache(grid.rationales, grid.rationale_length)
+    hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start), cache)
+    return Reading(text, cache, hidden)
+
+
+def read_on(model: QuietStarModel, reading: Reading, text: Text) -> Reading:
+    """Read the rest of ``text``, which begins with the text of ``reading``; thoughts about that are dropped.
+
+    Raises:
+        ValueError: ``text`` holds no more tokens than have been read.
+    """
+    read = reading.cache.text_length
+    if text.tokens.shape[1] <= read:
+        raise ValueError(f"text has {text.tokens.shape[1]} tokens, but it must have more than the {read} read so far")
+    reading.cache.drop_thoughts()
+    reading.cache.extend()
+    layout = Extension(reading.cache, start=text.start)
+    hidden = model.read(text.tokens[:, read:], text.positions[:, read:], layout, reading.cache)
+    return Reading(text, reading.cache, torch.cat([reading.hidden, hidden], dim=1))
+
+
+def advance(model: QuietStarModel, reading: Reading, step: int | Tensor, tokens: Tensor) -> Tensor:
+    """Read token ``step`` of every thought.
+
+    Args:
+        model: the model.
+        reading: of the text; tokens 0 .. ``step - 1`` have been read into its cache.
+        step: t, counted from the start token; or an int64 tensor ``[]`` on the device of ``tokens``, unchecked.
+        tokens: ``[B, Nq, r]`` int64, at the last ``Nq`` positions of the text.
+
+    Returns:
+        Hidden states ``[B, Nq, r, E]``.
+    """
+    text, cache = reading.text, reading.cache
+    cache.begin_step(step)
+    positions = text.positions[:, -tokens.shape[1] :, None] + 1 + step
+    hidden = model.read(
+        rearrange(tokens, "b n r -> b (n r)"),
+        rearrange(positions.expand_as(tokens), "b n r -> b (n r)"),
+        Step(cache, step, start=text.start),
+        cache,
+    )
+    return rearrange(hidden, "b (n r) e -> b n r e", r=cache.rationales)
+
+
+class Thinking:
+    """Thoughts that grow by a token with every call, at all positions together.
+
+    What changes from token to token, the step and the tokens, lies on the device and is written in place: every call
+    launches the same, and the host asks for nothing. So a call can be captured and replayed.
+
+    Attributes:
+        thoughts: the tokens sampled so far, ``[B, Nq, r, K]`` int64.
+    """
+
+    def __init__(self, model: QuietStarModel, reading: Reading, grid: ThoughtGrid, positions: int, **sampling: Any):
+        tokens = reading.text.tokens
+        shape = len(tokens), positions, grid.rationales
+        self.model, self.reading, self.sampling = model, reading, sampling
+        self.head = model.language_head()
+        self.thoughts = tokens.new_empty(*shape, grid.thought_tokens)
+        self.tokens = tokens.new_full(shape, model.qstar.start_token_id)
+        self.step = tokens.new_zeros(())
+
+    def __call__(self) -> None:
+        hidden = advance(self.model, self.reading, self.step, self.tokens)
+        tokens = self.head.sample(hidden.flatten(0, 2), step=self.step, **self.sampling)
+        self.tokens.copy_(tokens.view_as(self.tokens))
+        self.thoughts.index_copy_(-1, self.step[None], self.tokens[..., None])
+        self.step += 1
+
+
+@torch.no_grad()
+def think(
+    model: QuietStarModel,
+    text: Text,
+    grid: ThoughtGrid,
+    *,
+    temperature: float,
+    seed: int = 0,
+    row_offset: int = 0,
+    last: int | None = None,
+    reading: Reading | None = None,
+) -> Tensor:
+    """Sample a thought for every rationale at every position (paper, section 4.2).
+
+    Args:
+        model: the model; thoughts are sampled in ``eval()``.
+        text: the text to think about.
+        grid: how many rationales of how many tokens.
+        temperature: of the distribution that tokens are drawn from; 0 takes the most probable token.
+        seed: the same seed gives the same thoughts.
+        row_offset: rows (batch, position, rationale) that other processes or batches have before these.
+        last: think at the last ``Nq`` positions only; at all of them by default.
+        reading: of ``text``, from :func:`read_text` with this ``grid``; its cache then holds the thoughts but for their
+            last token. By default the text is read here.
+
+    Returns:
+        Sampled tokens ``[B, Nq, r, K]`` int64; the start and end tokens are never among them.
+
+    Raises:
+        ValueError: ``last`` is not a number of positions of the text.
+    """
+    length = text.tokens.shape[1]
+    if last is not None and not 1 <= last <= length:
+        raise ValueError(f"last is {last}, but it must be in 1..{length}, the positions of the text")
+    with record_function("qstar::think"), evaluating(model):
+        if reading is None:
+            reading = read_text(model, text, grid)
+        sampling = dict(temperature=temperature, seed=seed, row_offset=row_offset)
+        thinking = Thinking(model, reading, grid, length if last is None else last, **sampling)
+        say_next: Callable[[], None] = thinking
+        for token in range(grid.thought_tokens):
+            if token == 1 and model.qstar_replay is not None:
+                say_next = model.qstar_replay(thinking)
+            say_next()
+    return thinking.thoughts

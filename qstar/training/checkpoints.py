@@ -1,0 +1,29 @@
+"""Checkpoints that a kill has not cut short."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
+
+
+def last_whole_checkpoint(folder: str | Path) -> Path | None:
+    """The latest checkpoint in ``folder`` that no kill cut short; None if there is none."""
+
+    def step(checkpoint: Path) -> int:
+        number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        return int(number) if number.isdecimal() else -1
+
+    for checkpoint in sorted(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=step, reverse=True):
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):
+            logger.warning("%s was cut short and is left out", checkpoint)
+        else:
+            return checkpoint
+    return None

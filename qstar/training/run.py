@@ -1,0 +1,149 @@
+"""The whole job in one call: model, data, training, and a folder with the result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from qstar.config import CONFIG_FILE, SIZES, ThoughtSettings, check_names, setting_names
+from qstar.data import AnyDataset, load_texts, pack
+from qstar.model import QuietStarModel
+from qstar.training.fit import TrainResult, fit
+from qstar.training.settings import QuietStarArguments
+from qstar.training.trainer import METRICS_FILE
+from qstar.wrapping import load, wrap
+
+
+def train(
+    model: str | Path | PreTrainedModel | None = None,
+    dataset: str | Path | AnyDataset | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    eval_dataset: str | Path | AnyDataset | None = None,
+    resume_from_checkpoint: bool | str | Path | None = None,
+    **settings: Any,
+) -> TrainResult:
+    """Teach a language model to think before it speaks.
+
+    Args:
+        model: a hub name, a folder (also of an earlier :func:`train`) or a model object.
+        dataset: a hub name (streamed), a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file, a ``datasets`` object.
+        output_dir: folder for the result; by default the first free one of ``runs/quiet-star``,
+            ``runs/quiet-star-2``, ...
+        tokenizer: of a model object; found by the model's name by default.
+        eval_dataset: held-out text, evaluated as ``eval_strategy`` says, or at the end.
+        resume_from_checkpoint: go on with the last checkpoint in ``output_dir`` that a kill has not cut short, from the
+            beginning if there is none (True), or with a given one.
+        settings: any field of :class:`qstar.config.ThoughtSettings` (``thought_tokens``, ``ahead_tokens``,
+            ``rationales``, ``sigmoid``, ``start_init``, ...) and of :class:`qstar.QuietStarArguments`, and so of
+            ``TrainingArguments`` (``learning_rate``, ``seq_length``, ``seed``, ``text_column``, ``max_steps``, ...);
+            ``batch_size`` is another name for ``per_device_train_batch_size``.
+
+    Returns:
+        The model, its tokenizer, the metrics and the folder.
+
+    Raises:
+        TypeError: a setting that does not exist.
+        ValueError: model or dataset is missing; a setting with a wrong value, or one that would be ignored; a model
+            that cannot think.
+        FileExistsError: ``output_dir`` holds an earlier run.
+    """
+    thoughts, settings = split_settings(settings)
+    for name, value in (("model", model), ("dataset", dataset)):
+        if value is None:
+            raise ValueError(f"{name} is missing: give a model and a dataset (qstar.train_embedded() needs neither)")
+    folder = output_folder(output_dir, resume_from_checkpoint)
+    args = QuietStarArguments(output_dir=str(folder), **settings)
+    set_seed(args.seed)
+    thinking, tokenizer = open_model(model, tokenizer, thoughts)
+    rows = pack(load_texts(dataset), tokenizer, args.seq_length, args.text_column)
+    if isinstance(rows, IterableDataset) and args.max_steps <= 0:
+        raise ValueError(
+            f"max_steps is {args.max_steps}, but a streamed dataset has no length: give the steps to train for"
+        )
+    held_out = None
+    if eval_dataset is not None:
+        held_out = pack(load_texts(eval_dataset, "test"), tokenizer, args.seq_length, args.text_column)
+    metrics = fit(thinking, tokenizer, args, rows, held_out, resume_from_checkpoint)
+    return TrainResult(thinking, tokenizer, metrics, folder)
+
+
+def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings by name, as those of the thoughts and those of the training.
+
+    Raises:
+        TypeError: a setting that does not exist.
+        ValueError: one that is given twice.
+    """
+    of_thoughts, of_training = setting_names(ThoughtSettings), setting_names(QuietStarArguments)
+    check_names("train()", settings, of_thoughts | of_training | {"batch_size"})
+    settings = dict(settings)
+    if "batch_size" in settings:
+        if "per_device_train_batch_size" in settings:
+            raise ValueError("batch_size is another name for per_device_train_batch_size, but both are given")
+        settings["per_device_train_batch_size"] = settings.pop("batch_size")
+    thoughts = {name: settings.pop(name) for name in list(settings) if name in of_thoughts}
+    return thoughts, settings
+
+
+def open_model(
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, thoughts: dict[str, Any]
+) -> tuple[QuietStarModel, PreTrainedTokenizerBase]:
+    """A model that thinks, from a name, a folder or a model object; the weights of a named one in float32."""
+    if not isinstance(model, PreTrainedModel):
+        if (Path(model) / CONFIG_FILE).is_file():
+            loaded, stored = load(model, dtype=torch.float32)
+            return resized(loaded, thoughts), tokenizer or stored
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if tokenizer is None:
+        if not model.name_or_path:
+            raise ValueError("tokenizer is missing: the model object has no name to find it by")
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    if isinstance(model, QuietStarModel):
+        return resized(model, thoughts), tokenizer
+    return wrap(model, tokenizer, **thoughts), tokenizer
+
+
+def resized(model: QuietStarModel, thoughts: dict[str, Any]) -> QuietStarModel:
+    """A model that thinks already, with other lengths where some are given: no parameter depends on them.
+
+    Raises:
+        ValueError: another setting that differs from what the model was made with.
+    """
+    for name, value in thoughts.items():
+        made_with = getattr(model.qstar, name)
+        if name not in SIZES and value != made_with:
+            raise ValueError(f"{name} is {value!r}, but the model was made with {made_with!r}: leave it out")
+    model.qstar = replace(model.qstar, **thoughts)
+    return model
+
+
+def output_folder(output_dir: str | Path | None, resume: bool | str | Path | None) -> Path:
+    """The folder of a run: the given one, or the first free default.
+
+    Raises:
+        FileExistsError: it holds an earlier run, which is not resumed.
+    """
+    if output_dir is not None:
+        folder = Path(output_dir)
+        if not resume and (folder / METRICS_FILE).exists():
+            raise FileExistsError(
+                f"output_dir is {str(folder)!r}, but it holds an earlier run: go on with it by "
+                "resume_from_checkpoint=True, or choose another folder"
+            )
+        return folder
+    default = Path("runs/quiet-star")
+    if resume:
+        return default
+    folder, number = default, 1
+    while folder.exists():
+        number += 1
+        folder = default.with_name(f"{default.name}-{number}")
+    return folder

@@ -1,0 +1,89 @@
+"""The settings of a training run: transformers' ``TrainingArguments`` and those of Quiet-STaR, each a field once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import TrainingArguments
+
+from qstar.config import setting
+from qstar.learning import BASELINES, Objective
+
+_OURS = "the losses and the evaluation are Quiet-STaR's own, which have no use for it"
+IGNORED_ARGUMENTS = {
+    "label_smoothing_factor": _OURS,
+    "prediction_loss_only": _OURS,
+    "include_for_metrics": _OURS,
+    "batch_eval_metrics": _OURS,
+    "eval_accumulation_steps": _OURS,
+    "eval_use_gather_object": _OURS,
+    "label_names": _OURS,
+    "fp16_full_eval": _OURS,
+    "bf16_full_eval": _OURS,
+    "neftune_noise_alpha": "noise would score a thought by another model than the one that sampled it",
+    "use_liger_kernel": "it replaces the forward in which the model thinks",
+}  # fields of TrainingArguments that would be ignored, or make a result wrong
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    """What ``qstar train`` takes beside the settings of thoughts and of training; see :func:`qstar.train`."""
+
+    _argument_group_name = "run"
+
+    model: str | None = setting(None, "Hub name or folder.")
+    dataset: str | None = setting(None, "Hub name, or a .txt, .jsonl, .json or .parquet file.")
+    eval_dataset: str | None = setting(None, "Held-out text, evaluated as --eval_strategy says, or at the end.")
+    batch_size: int | None = setting(None, "Another name for --per_device_train_batch_size.")
+    resume: bool = setting(False, "Go on with the last whole checkpoint in --output_dir.")
+
+
+@dataclass
+class QuietStarArguments(TrainingArguments):
+    """transformers' ``TrainingArguments``, with the paper's values as defaults and the settings of Quiet-STaR."""
+
+    output_dir: str | None = setting("runs/quiet-star", "Folder for the model, the metrics and the checkpoints.")
+    learning_rate: float = setting(1e-6, "Learning rate of the base model.")
+    weight_decay: float = setting(1e-3, "Weight decay of the base model.")
+    warmup_steps: float = setting(20, "Steps over which the learning rate rises to its value.")
+    per_device_train_batch_size: int = setting(8, "Rows in a batch, on each device.")
+    logging_steps: float = setting(10, "Log every so many steps.")
+    logging_nan_inf_filter: bool = setting(False, "Leave losses that are not finite out of the log.")
+    dataloader_pin_memory: bool = setting(torch.accelerator.is_available(), "Pin batches in memory, for a GPU.")
+
+    seq_length: int = setting(256, "N: text tokens in a row.")
+    text_column: str = setting("text", "The column that holds the text.")
+    policy_weight: float = setting(
+        1.0,
+        "beta: weight of the REINFORCE loss. With the 1e6 of the authors' code the gradient clip throttles all else.",
+    )
+    thought_temperature: float = setting(1.0, "Thoughts are sampled at this temperature.")
+    reinforce_temperature: float = setting(3.0, "Log-probabilities of sampled tokens are taken at this temperature.")
+    baseline: str = setting("mean", "What a thought is compared with.", choices=list(BASELINES))
+    signed_advantages: bool = setting(False, "Learn from thoughts that did worse than the baseline as well.")
+    thought_embedding_lr_factor: float = setting(100.0, "Learning rate of start and end embeddings over learning_rate.")
+    mixing_head_lr_factor: float = setting(1.0, "Learning rate of the mixing head over learning_rate.")
+    sample_steps: int = setting(50, "Show thoughts every so many steps; 0 for never.")
+    gradient_norm_steps: int = setting(
+        100, "Log both losses' gradient norms every so many steps, on one process; 0 for never."
+    )
+
+    def __post_init__(self) -> None:
+        if torch.backends.mps.is_available():
+            self.use_cpu = True  # the sampler and the means need float64, which Apple's GPUs lack
+        super().__post_init__()
+        for name, why in IGNORED_ARGUMENTS.items():
+            value = getattr(self, name, None)
+            if value:
+                raise ValueError(f"{name} is {value!r}, but it must be left alone: {why}")
+
+    def objective(self) -> Objective:
+        """The objective that these settings describe."""
+        return Objective(
+            policy_weight=self.policy_weight,
+            temperature=self.thought_temperature,
+            reinforce_temperature=self.reinforce_temperature,
+            baseline=self.baseline,
+            signed=self.signed_advantages,
+        )

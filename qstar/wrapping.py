@@ -1,0 +1,120 @@
+"""From a live model to one that thinks, and from a folder back to it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from qstar import attention
+from qstar.compatibility import check_architecture, check_behaviour, disable_dropout
+from qstar.config import QuietStarConfig, ThoughtSettings, check_names, setting_names
+from qstar.heads import MixingHead
+from qstar.model import QuietStarModel, quiet_star_class
+
+
+def wrap(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, check: bool = True, **settings: Any
+) -> QuietStarModel:
+    """Teach ``model`` the tokens and give it the parameters that let it think; in place.
+
+    Args:
+        model: a decoder of transformers whose attention can be exchanged.
+        tokenizer: its tokenizer; start and end tokens are added to it where it lacks them.
+        check: compare a tiny packed pass with the model's own before anything is trained.
+        settings: any field of :class:`qstar.config.ThoughtSettings`: ``thought_tokens``, ``ahead_tokens``,
+            ``rationales``, ``sigmoid``, ``start_token``, ``end_token``, ``start_init``, ``end_init``.
+
+    Returns:
+        ``model`` itself, now of a subclass of its class.
+
+    Raises:
+        TypeError: a setting that does not exist.
+        ValueError: the model cannot think (its attention cannot be exchanged, it has linear-attention layers, or the
+            check found other results than the model's own), or an argument is wrong. A model that fails the check is
+            given back as it was, but for two new rows of its vocabulary and dropout, which stays off.
+    """
+    if isinstance(model, QuietStarModel):
+        raise ValueError("model is already a Quiet-STaR model")
+    check_names("wrap()", settings, setting_names(ThoughtSettings))
+    thoughts = ThoughtSettings(**settings)
+    check_architecture(model)
+    tokens = [thoughts.start_token, thoughts.end_token]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+    start, end = tokenizer.convert_tokens_to_ids(tokens)
+    if max(start, end) >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    plain_class, plain_attention = type(model), model.config._attn_implementation
+    thinking = attach(model, QuietStarConfig(**asdict(thoughts), start_token_id=start, end_token_id=end))
+    rows = thinking.get_input_embeddings().weight
+    with torch.no_grad():
+        for token, parameter, text in (
+            (start, thinking.qstar_start, thoughts.start_init),
+            (end, thinking.qstar_end, thoughts.end_init),
+        ):
+            parameter.copy_(_initial_embedding(rows, tokenizer, text))
+            rows[token] = parameter
+    if check:
+        try:
+            check_behaviour(thinking)
+        except ValueError:
+            _detach(thinking, plain_class, plain_attention)
+            raise
+    if thinking.generation_config is not None:
+        suppressed = set(thinking.generation_config.suppress_tokens or ()) | {start, end}
+        thinking.generation_config.suppress_tokens = sorted(suppressed)
+    return thinking
+
+
+def load(folder: str | Path, **kwargs: Any) -> tuple[QuietStarModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer that were saved in ``folder``.
+
+    Args:
+        folder: what :func:`qstar.train` wrote, or ``save_pretrained`` of model and tokenizer.
+        kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        FileNotFoundError: the folder lacks the settings or the mixing head.
+    """
+    config = QuietStarConfig.load(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    check_architecture(plain)
+    model = attach(plain, config)
+    model.load_thoughts(folder)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def attach(model: PreTrainedModel, config: QuietStarConfig) -> QuietStarModel:
+    """Make ``model`` one that thinks, in place, with thought embeddings that are not yet set; returns it."""
+    rows = model.get_input_embeddings().weight
+    factory = dict(device=rows.device, dtype=rows.dtype)
+    model.__class__ = quiet_star_class(type(model))
+    assert isinstance(model, QuietStarModel)
+    model.qstar = config
+    model.qstar_start = nn.Parameter(torch.empty(rows.shape[1], **factory))
+    model.qstar_end = nn.Parameter(torch.empty(rows.shape[1], **factory))
+    model.qstar_mixing_head = MixingHead(rows.shape[1], **factory)
+    # A tensor that stays, since a new one would be copied to the device and checked there for every head and token.
+    forbidden = torch.tensor([config.start_token_id, config.end_token_id], device=rows.device)
+    model.register_buffer("qstar_forbidden", forbidden, persistent=False)
+    model.set_attn_implementation(attention.NAME)
+    disable_dropout(model)
+    return model
+
+
+def _detach(model: QuietStarModel, plain_class: type[PreTrainedModel], plain_attention: str) -> None:
+    for name in ("qstar", "qstar_start", "qstar_end", "qstar_mixing_head", "qstar_forbidden"):
+        delattr(model, name)
+    model.__class__ = plain_class
+    model.set_attn_implementation(plain_attention)
+
+
+def _initial_embedding(rows: Tensor, tokenizer: PreTrainedTokenizerBase, text: str | None) -> Tensor:
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    if not tokens or tokenizer.unk_token_id in tokens:
+        return rows.mean(0)
+    return rows[tokens].mean(0)
