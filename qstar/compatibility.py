@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from qstar.grid import Text
-from qstar.model import QuietStarModel
+from qstar.model import QuietStarModel, embedding_rows
 from qstar.talking import read_grid
 from qstar.thinking import advance, evaluating, read_text
 
@@ -63,7 +63,7 @@ def check_behaviour(model: QuietStarModel) -> None:
         ValueError: the output head, the packed pass or the step-by-step pass gives other results, or a pass in
             training does.
     """
-    device = model.get_input_embeddings().weight.device
+    device = embedding_rows(model).device
     words = torch.arange(model.config.get_text_config(decoder=True).vocab_size, device=device)
     words = words[~torch.isin(words, model.language_head().forbidden)]
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
@@ -19,7 +20,7 @@ LOADERS = {
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
 def load_texts(
@@ -116,5 +117,7 @@ class PadRight:
             batch[name] = torch.full((len(rows), length), fills[name])
             for i, row in enumerate(rows):
                 values = row.get(name, [1] * len(row["input_ids"]) if name == "attention_mask" else None)
+                if values is None:
+                    raise ValueError(f"row {i} of the batch lacks {name!r}, which others have")
                 batch[name][i, : len(values)] = torch.as_tensor(values)
         return batch

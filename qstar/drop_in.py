@@ -10,7 +10,7 @@ lacks.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,11 @@ class WindowMask(Tensor):
     """
 
     @staticmethod
-    def __new__(cls, window: int, arguments: dict) -> WindowMask:
+    def __new__(cls, window: int, arguments: dict[str, Any]) -> WindowMask:
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         return Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=arguments["device"])
 
-    def __init__(self, window: int, arguments: dict):
+    def __init__(self, window: int, arguments: dict[str, Any]):
         self._window = window
         self._arguments = arguments
         self._dense: Tensor | None = None
@@ -46,12 +46,15 @@ class WindowMask(Tensor):
         return self._window if self._dense is None else None
 
     def dense(self) -> Tensor:
+        """The mask of ``sdpa`` for this window."""
         if self._dense is None:
-            self._dense = sdpa_mask(local_size=self._window, **self._arguments)
+            self._dense = cast(Tensor, sdpa_mask(local_size=self._window, **self._arguments))
         return self._dense
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares a static method, and calls a class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -73,7 +76,7 @@ def _is_window_alone(
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = False,
     config: PreTrainedConfig | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> bool:
     """Whether the mask is causal with a sliding window over a whole text, and nothing else: in doubt it is not.
 
@@ -146,7 +149,9 @@ def fused_is_better(query: Tensor, window: int | None, softcap: float | None, si
     return window is not None and positions >= (512 if half else 1024)
 
 
-def _whole_text(module: nn.Module, query, key, value, mask: Tensor | None, options: dict) -> Packed | None:
+def _whole_text(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Packed | None:
     """The layout of a causal pass over a whole text, with or without a window; None for every other pass."""
     if query.device.type not in ("cpu", "cuda") or is_tracing(query):
         return None
@@ -161,7 +166,7 @@ def _whole_text(module: nn.Module, query, key, value, mask: Tensor | None, optio
     return Packed(slots=1) if mask is None and _is_causal(module, options) else None
 
 
-def _is_causal(module: nn.Module, options: dict) -> bool:
+def _is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
     causal = options.get("is_causal")
     return getattr(module, "is_causal", True) if causal is None else causal
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from qstar.model import QuietStarModel
 from qstar.talking import Talk, masked_mean, read_batch, talk
 from qstar.thinking import think
 
+UNSET = cast(Tensor, None)  # ModelOutput wants None as the default of its fields
 BASELINES = ("mean", "leave_one_out", "base")
 
 
@@ -36,15 +38,15 @@ class QuietStarOutput(ModelOutput):
         thoughts: sampled tokens, ``[B, N, r, K]`` int64.
     """
 
-    loss: Tensor | None = None
-    likelihood_loss: Tensor | None = None
-    policy_loss: Tensor | None = None
-    nll_base: Tensor | None = None
-    nll_talk: Tensor | None = None
-    reward: Tensor | None = None
-    rewarded: Tensor | None = None
-    mixing_weight: Tensor | None = None
-    thoughts: Tensor | None = None
+    loss: Tensor = UNSET
+    likelihood_loss: Tensor = UNSET
+    policy_loss: Tensor = UNSET
+    nll_base: Tensor = UNSET
+    nll_talk: Tensor = UNSET
+    reward: Tensor = UNSET
+    rewarded: Tensor = UNSET
+    mixing_weight: Tensor = UNSET
+    thoughts: Tensor = UNSET
 
 
 def advantages(scores: Tensor, base_scores: Tensor, baseline: str) -> Tensor:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -126,19 +126,23 @@ class QuietStarModel(_Decoder):
         dtype = compute_dtype(head.weight) if head.weight.dtype == torch.float32 else head.weight.dtype
         return LanguageHead(head.weight, head.bias, scale, softcap, forbidden, dtype)
 
-    def save_pretrained(
-        self, save_directory: str | Path, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    def save_pretrained(  # type: ignore[override]  # the rest of the base's arguments pass through
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write the base model, its thought embeddings in the vocabulary's rows, and the mixing head beside it."""
         state = dict(self.state_dict() if state_dict is None else state_dict)
         mine = {name: state.pop(name) for name in list(state) if name.startswith(PREFIX)}
-        embedding = self.get_input_embeddings().weight
+        embedding = embedding_rows(self)
         with torch.no_grad():
             for name, tensor in state.items():
                 if tensor.shape == embedding.shape and self.get_parameter(name) is embedding:
                     tensor[self.qstar.start_token_id] = mine["qstar_start"].to(tensor)
                     tensor[self.qstar.end_token_id] = mine["qstar_end"].to(tensor)
-        if kwargs.get("is_main_process", True):  # before the base model, which may push the folder to a hub
+        if is_main_process:  # before the base model, which may push the folder to a hub
             folder = Path(save_directory)
             (folder / MIXING_HEAD_FILE).parent.mkdir(parents=True, exist_ok=True)
             head = "qstar_mixing_head."
@@ -147,7 +151,7 @@ class QuietStarModel(_Decoder):
                 folder / MIXING_HEAD_FILE,
             )
             (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.qstar), indent=2) + "\n")
-        super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, state, **kwargs)
 
     def load_thoughts(self, folder: str | Path) -> None:
         """Take the thought embeddings from the vocabulary's rows and the mixing head from ``folder``.
@@ -155,7 +159,7 @@ class QuietStarModel(_Decoder):
         Raises:
             FileNotFoundError: the folder holds no mixing head.
         """
-        rows = self.get_input_embeddings().weight
+        rows = embedding_rows(self)
         with torch.no_grad():
             self.qstar_start.copy_(rows[self.qstar.start_token_id])
             self.qstar_end.copy_(rows[self.qstar.end_token_id])
@@ -165,11 +169,20 @@ class QuietStarModel(_Decoder):
         self.qstar_mixing_head.load_state_dict(load_file(path))
 
 
-@functools.cache
+def embedding_rows(model: PreTrainedModel) -> Tensor:
+    """The input embeddings of the vocabulary, ``[V, E]``."""
+    return cast(Tensor, model.get_input_embeddings().weight)
+
+
+_classes: dict[type[PreTrainedModel], type[QuietStarModel]] = {}
+
+
 def quiet_star_class(base: type[PreTrainedModel]) -> type[QuietStarModel]:
     """The subclass of ``base`` that thinks. It keeps the name of ``base``, which is what a checkpoint must say."""
-    namespace = {"__module__": base.__module__, "forward": _forward_with_objective(base.forward)}
-    return type(base.__name__, (QuietStarModel, base), namespace)
+    if base not in _classes:
+        namespace = {"__module__": base.__module__, "forward": _forward_with_objective(base.forward)}
+        _classes[base] = type(base.__name__, (QuietStarModel, base), namespace)
+    return _classes[base]
 
 
 def _forward_with_objective(base_forward: Callable[..., Any]) -> Callable[..., Any]:

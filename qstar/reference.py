@@ -91,7 +91,7 @@ def objective(
     terms = []
     for i in range(count - ahead):
         without = torch.stack(log_base[i : i + ahead]).sum()
-        scores = torch.stack([sum(log_talk[i, p, k] for k in range(ahead)) for p in range(rationales)])
+        scores = torch.stack([torch.stack([log_talk[i, p, k] for k in range(ahead)]).sum() for p in range(rationales)])
         for p in range(rationales):
             others = torch.cat([scores[:p], scores[p + 1 :]])
             if baseline == "base" or rationales == 1:

@@ -7,7 +7,6 @@ by token into the cache of the text (:func:`speak`). ``learning.py`` goes on fro
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -106,16 +105,22 @@ def speak(model: QuietStarModel, reading: Reading, thoughts: Tensor, *, cached: 
     return mixed.view_as(after)
 
 
-def read_batch(model: QuietStarModel, *args: Tensor | None, **batch: Tensor) -> Text:
+def read_batch(
+    model: QuietStarModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Text:
     """A batch as :meth:`qstar.grid.Text.from_inputs` takes it; thought tokens in the text are read, never learned."""
-    text = Text.from_inputs(*args, **batch)
+    text = Text.from_inputs(input_ids, attention_mask, labels, position_ids)
     said = torch.isin(text.targets, model.language_head().forbidden)
     return replace(text, targets=text.targets.masked_fill(said, IGNORED))
 
 
-def text_loss(model: QuietStarModel, *args: Any, **batch: Tensor) -> Tensor:
-    """Mean negative log-likelihood of a text without thoughts, nats; the batch as ``Text.from_inputs`` takes it."""
-    text = read_batch(model, *args, **batch)
+def text_loss(model: QuietStarModel, input_ids: Tensor, **batch: Tensor) -> Tensor:
+    """Mean negative log-likelihood of a text without thoughts, nats; the batch as :func:`read_batch` takes it."""
+    text = read_batch(model, input_ids, **batch)
     hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start))
     log_prob = model.language_head().log_prob(hidden.flatten(0, 1), text.targets.flatten())
     return -masked_mean(log_prob, text.targets.flatten() != IGNORED)

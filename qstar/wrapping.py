@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from qstar import attention
 from qstar.compatibility import check_architecture, check_behaviour, disable_dropout
 from qstar.config import QuietStarConfig, ThoughtSettings, check_names, setting_names
 from qstar.heads import MixingHead
-from qstar.model import QuietStarModel, quiet_star_class
+from qstar.model import QuietStarModel, embedding_rows, quiet_star_class
 
 
 def wrap(
@@ -45,12 +45,12 @@ def wrap(
     check_architecture(model)
     tokens = [thoughts.start_token, thoughts.end_token]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
-    start, end = tokenizer.convert_tokens_to_ids(tokens)
-    if max(start, end) >= model.get_input_embeddings().weight.shape[0]:
+    start, end = (cast(int, tokenizer.convert_tokens_to_ids(token)) for token in tokens)
+    if max(start, end) >= len(embedding_rows(model)):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     plain_class, plain_attention = type(model), model.config._attn_implementation
     thinking = attach(model, QuietStarConfig(**asdict(thoughts), start_token_id=start, end_token_id=end))
-    rows = thinking.get_input_embeddings().weight
+    rows = embedding_rows(thinking)
     with torch.no_grad():
         for token, parameter, text in (
             (start, thinking.qstar_start, thoughts.start_init),
@@ -90,8 +90,8 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[QuietStarModel, PreTrainedT
 
 def attach(model: PreTrainedModel, config: QuietStarConfig) -> QuietStarModel:
     """Make ``model`` one that thinks, in place, with thought embeddings that are not yet set; returns it."""
-    rows = model.get_input_embeddings().weight
-    factory = dict(device=rows.device, dtype=rows.dtype)
+    rows = embedding_rows(model)
+    factory: dict[str, Any] = dict(device=rows.device, dtype=rows.dtype)
     model.__class__ = quiet_star_class(type(model))
     assert isinstance(model, QuietStarModel)
     model.qstar = config
@@ -106,7 +106,7 @@ def attach(model: PreTrainedModel, config: QuietStarConfig) -> QuietStarModel:
     return model
 
 
-def _detach(model: QuietStarModel, plain_class: type[PreTrainedModel], plain_attention: str) -> None:
+def _detach(model: PreTrainedModel, plain_class: type[PreTrainedModel], plain_attention: str) -> None:
     for name in ("qstar", "qstar_start", "qstar_end", "qstar_mixing_head", "qstar_forbidden"):
         delattr(model, name)
     model.__class__ = plain_class

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from qstar.evaluation.held_out import evaluate
 from qstar.evaluation.tables import evaluation_table
@@ -34,7 +35,7 @@ def run(arguments: list[str]) -> None:
 
     model, tokenizer = load(folder)
     if torch.cuda.is_available():
-        model.cuda()
+        nn.Module.to(model, "cuda")
     result = evaluate(model, tokenizer, **options)
     print(evaluation_table(result))
     path = output or folder / "eval.json"

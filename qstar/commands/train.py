@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any, cast
 
 from transformers import HfArgumentParser
 
@@ -15,7 +16,7 @@ from qstar.training.settings import QuietStarArguments, RunSettings
 def run(arguments: list[str]) -> None:
     """Train as the arguments say."""
     parser = HfArgumentParser(
-        [RunSettings, ThoughtSettings, QuietStarArguments],
+        cast(Any, [RunSettings, ThoughtSettings, QuietStarArguments]),
         prog="qstar train",
         description="Train a model to think. Without --model and --dataset, runs the embedded default.",
     )

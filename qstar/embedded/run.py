@@ -33,8 +33,8 @@ REPORT_FILE = "report.json"
 PROBLEMS = 500
 
 REFUSED = ("tokenizer", "eval_dataset", "resume_from_checkpoint", "start_init", "end_init")
-SIZES = dict(thought_tokens=5, ahead_tokens=1, rationales=2)
-SETTINGS = dict(
+SIZES: dict[str, Any] = dict(thought_tokens=5, ahead_tokens=1, rationales=2)
+SETTINGS: dict[str, Any] = dict(
     learning_rate=3e-4,
     mixing_head_lr_factor=10.0,
     thought_embedding_lr_factor=1.0,
@@ -130,8 +130,9 @@ class PlainTrainer(QuietStarTrainer):
     """The same Trainer on the likelihood of the text alone."""
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ):
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of the text, and it as an output as well where asked for."""
         loss = model(**inputs, objective=text_loss)
         return (loss, {"loss": loss}) if return_outputs else loss
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -65,15 +66,19 @@ def problems(count: int, seed: int, tokenizer: PreTrainedTokenizerFast, split: s
     """``count`` problems to ask, the same for the same seed; of the test split by default."""
     rng = random.Random(f"problems {split} {seed}")
     drawn = [_digits(rng, split) for _ in range(count)]
-    ids = tokenizer.convert_tokens_to_ids
+    vocabulary = tokenizer.get_vocab()
+
+    def ids(words: Iterable[object]) -> list[int]:
+        return [vocabulary[str(word)] for word in words]
+
     sums = [running_sums(digits) for digits in drawn]
     return Problems(
-        prompts=[ids([QUESTION, *map(str, digits), EQUALS]) for digits in drawn],
-        workings=[ids([*map(str, working)]) for working in sums],
-        answers=[ids(str(working[-1])) for working in sums],
-        choices=ids([*NUMBERS]),
-        marker=ids(WORKING),
-        equals=ids(EQUALS),
+        prompts=[ids([QUESTION, *digits, EQUALS]) for digits in drawn],
+        workings=[ids(working) for working in sums],
+        answers=ids(working[-1] for working in sums),
+        choices=ids(NUMBERS),
+        marker=vocabulary[WORKING],
+        equals=vocabulary[EQUALS],
     )
 
 

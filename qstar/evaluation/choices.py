@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qstar.grid import Text
-from qstar.model import QuietStarModel
+from qstar.model import QuietStarModel, embedding_rows
 from qstar.talking import speak
 from qstar.thinking import evaluating, read_text, think
 
@@ -32,7 +32,7 @@ def choice_log_probs(
     """
     if thoughts is not None and not thinking:
         raise ValueError("thoughts are given, but thinking is False: they would be ignored")
-    device = model.get_input_embeddings().weight.device
+    device = embedding_rows(model).device
     text, choices = Text.from_inputs(prompts.to(device)), choices.to(device)
     grid = model.grid(prompts.shape[1], rationales=1)
     shape = (len(prompts), grid.thought_tokens)

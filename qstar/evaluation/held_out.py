@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from math import exp
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qstar.data import AnyDataset, PadRight, load_texts, pack
 from qstar.grid import IGNORED
-from qstar.model import QuietStarModel
+from qstar.model import QuietStarModel, embedding_rows
 from qstar.talking import read_batch, talk
 from qstar.thinking import evaluating, think
 
@@ -74,7 +75,7 @@ def evaluate_rows(
     Raises:
         ValueError: there is no token to predict.
     """
-    device = model.get_input_embeddings().weight.device
+    device = embedding_rows(model).device
     steps = model.qstar.ahead_tokens
     sums = torch.zeros(4, steps, dtype=torch.float64, device=device)
     row_offset = 0
@@ -131,5 +132,6 @@ def evaluate(
         seed: of the thoughts, where they are sampled.
     """
     rows = pack(load_texts(dataset, split), tokenizer, seq_length, text_column)
-    loader = DataLoader(list(islice(rows, max_rows)), batch_size, collate_fn=PadRight(tokenizer.pad_token_id or 0))
+    kept: Any = list(islice(rows, max_rows))
+    loader: DataLoader[Any] = DataLoader(kept, batch_size, collate_fn=PadRight(tokenizer.pad_token_id or 0))
     return evaluate_rows(model, loader, temperature=temperature, seed=seed)

@@ -43,10 +43,10 @@ def show_thoughts(
     shown = []
     for sample in range(1, samples + 1):
         i = sample * length // (samples + 1)
-        before, after = (
-            tokenizer.decode(part) for part in (text[max(0, i + 1 - context) : i + 1], text[i + 1 : i + 5])
+        before, thought, after = (
+            str(tokenizer.decode(part))
+            for part in (text[max(0, i + 1 - context) : i + 1], thoughts[0, i, 0].tolist(), text[i + 1 : i + 5])
         )
-        thought = tokenizer.decode(thoughts[0, i, 0].tolist())
         shown.append({"before": before, "thought": thought, "after": after})
         tqdm.write(f"  {before!r} [{thought!r}] {after!r}")
     return shown

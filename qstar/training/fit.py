@@ -50,16 +50,16 @@ def fit(
     if args.device.type == "cpu":
         keep_freed_memory()
     if resume_from_checkpoint is True:
-        resume_from_checkpoint = last_whole_checkpoint(args.output_dir)
+        resume_from_checkpoint = last_whole_checkpoint(args.folder)
         if resume_from_checkpoint is None:
             logger.warning("%s holds no whole checkpoint: training begins at the beginning", args.output_dir)
     trainer = QuietStarTrainer(model, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
-    outcome = trainer.train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint))
+    outcome = trainer.train(resume_from_checkpoint=str(resume_from_checkpoint) if resume_from_checkpoint else None)
     trainer.save_model()
     trainer.save_state()
     if held_out is not None and args.eval_strategy == "no":
         trainer.evaluate()
     if trainer.is_world_process_zero():
-        (Path(args.output_dir) / SETTINGS_FILE).write_text(args.to_json_string() + "\n")
+        (args.folder / SETTINGS_FILE).write_text(args.to_json_string() + "\n")
     logged = {name: value for record in trainer.state.log_history for name, value in record.items()}
     return {**logged, **outcome.metrics}

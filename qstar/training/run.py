@@ -55,9 +55,9 @@ def train(
         FileExistsError: ``output_dir`` holds an earlier run.
     """
     thoughts, settings = split_settings(settings)
-    for name, value in (("model", model), ("dataset", dataset)):
-        if value is None:
-            raise ValueError(f"{name} is missing: give a model and a dataset (qstar.train_embedded() needs neither)")
+    if model is None or dataset is None:
+        missing = "model" if model is None else "dataset"
+        raise ValueError(f"{missing} is missing: give a model and a dataset (qstar.train_embedded() needs neither)")
     folder = output_folder(output_dir, resume_from_checkpoint)
     args = QuietStarArguments(output_dir=str(folder), **settings)
     set_seed(args.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
@@ -77,6 +78,12 @@ class QuietStarArguments(TrainingArguments):
             value = getattr(self, name, None)
             if value:
                 raise ValueError(f"{name} is {value!r}, but it must be left alone: {why}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the model, the metrics and the checkpoints lie."""
+        assert self.output_dir is not None  # TrainingArguments has put a name where there was none
+        return Path(self.output_dir)
 
     def objective(self) -> Objective:
         """The objective that these settings describe."""

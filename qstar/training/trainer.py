@@ -7,7 +7,7 @@ import logging
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,25 +61,32 @@ class QuietStarTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine)
-        self.objective = args.objective()
+        self.objective: Objective = args.objective()
         self._seen: dict[str, list[Tensor]] = defaultdict(list)
         self._batch_of_step = (-1, 0)
 
+    @property
+    def thinking_model(self) -> QuietStarModel:
+        """The model, without what wraps it for several processes."""
+        return cast(QuietStarModel, self.accelerator.unwrap_model(cast(nn.Module, self.model)))
+
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ):
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective's loss, and its output as well where asked for."""
         output = model(**inputs, objective=self._objective_for(inputs["input_ids"]))
         for name in LOGGED:
             self._seen[name].append(getattr(output, name).detach())
         if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice():
             self._log_gradient_norms(model, output)
         if self._due(self.args.sample_steps) and self.is_world_process_zero():
-            thoughts = show_thoughts(self.processing_class, inputs["input_ids"], output.thoughts)
+            thoughts = show_thoughts(cast(Any, self.processing_class), inputs["input_ids"], output.thoughts)
             self._write({"step": self.state.global_step, "thoughts": thoughts})
         return (output.loss, output) if return_outputs else output.loss
 
     def _can_differentiate_twice(self) -> bool:
-        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        options = cast(dict[str, Any], self.args.gradient_checkpointing_kwargs or {})
+        reentrant = options.get("use_reentrant", False)
         return self.args.world_size == 1 and not (self.args.gradient_checkpointing and reentrant)
 
     def _objective_for(self, input_ids: Tensor) -> Objective:
@@ -87,8 +94,8 @@ class QuietStarTrainer(Trainer):
         step, batch = self._batch_of_step
         batch = batch + 1 if step == self.state.global_step else 0
         self._batch_of_step = (self.state.global_step, batch)
-        rationales = self.accelerator.unwrap_model(self.model).qstar.rationales
-        rows = self.args.train_batch_size * max(self.args.seq_length, input_ids.shape[1]) * rationales
+        positions = max(self.args.seq_length, input_ids.shape[1])
+        rows = self.args.train_batch_size * positions * self.thinking_model.qstar.rationales
         return replace(
             self.objective,
             seed=(self.args.seed << 32) + self.state.global_step,
@@ -96,9 +103,8 @@ class QuietStarTrainer(Trainer):
         )
 
     def _due(self, every: int) -> bool:
-        return (
-            bool(every) and self.model.training and self.state.global_step % every == 0 and self._batch_of_step[1] == 0
-        )
+        first = self.state.global_step % every == 0 and self._batch_of_step[1] == 0 if every else False
+        return first and self.thinking_model.training
 
     def _log_gradient_norms(self, model: nn.Module, output: QuietStarOutput) -> None:
         """Log both losses' gradient norms, so that one starving the other is seen."""
@@ -117,9 +123,9 @@ class QuietStarTrainer(Trainer):
         super().log(logs, start_time)
         self._write({"step": self.state.global_step, **logs})
 
-    def _write(self, record: dict) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         if self.is_world_process_zero():
-            path = Path(self.args.output_dir) / METRICS_FILE
+            path = self.args.folder / METRICS_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -129,7 +135,7 @@ class QuietStarTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        named = dict((self.model if model is None else model).named_parameters())
+        named = dict(cast(nn.Module, self.model if model is None else model).named_parameters())
         head = [p for name, p in named.items() if "qstar_mixing_head" in name and p.requires_grad]
         embeddings = [p for name, p in named.items() if name.endswith(("qstar_start", "qstar_end")) and p.requires_grad]
         mine = {id(p) for p in head + embeddings}
@@ -145,16 +151,17 @@ class QuietStarTrainer(Trainer):
                 )
         return optimizer
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Held-out log-likelihood with and without thoughts, see :func:`qstar.evaluation.evaluate_rows`."""
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out log-likelihood with and without thoughts, see :func:`qstar.evaluation.held_out.evaluate_rows`."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
             every = [self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in dataset.items()]
             return {name: value for metrics in every for name, value in metrics.items()}
         batches = self.get_eval_dataloader(eval_dataset)
         with self.accelerator.autocast():
-            model = self.accelerator.unwrap_model(self.model)
-            result = evaluate_rows(model, batches, total=self.accelerator.reduce)
+            result = evaluate_rows(self.thinking_model, batches, total=cast(Any, self.accelerator.reduce))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.summary().items()}
         metrics[f"{metric_key_prefix}_loss"] = (result.nll_base + result.nll_talk) / 2
         self.log(metrics)
@@ -172,8 +179,8 @@ class QuietStarTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.is_fsdp_enabled:  # its checkpoints hold every tensor, ours included
             return
-        self.accelerator.unwrap_model(self.model if model is None else model).load_thoughts(resume_from_checkpoint)
+        self.thinking_model.load_thoughts(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self.accelerator.unwrap_model(self.model).load_thoughts(self.state.best_model_checkpoint)
+        self.thinking_model.load_thoughts(cast(str, self.state.best_model_checkpoint))
