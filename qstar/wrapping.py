@@ -46,18 +46,17 @@ def wrap(
     tokens = [thoughts.start_token, thoughts.end_token]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
     start, end = (cast(int, tokenizer.convert_tokens_to_ids(token)) for token in tokens)
+    rows = embedding_rows(model).detach()
+    initial = [_initial_embedding(rows, tokenizer, text) for text in (thoughts.start_init, thoughts.end_init)]
     if max(start, end) >= len(embedding_rows(model)):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     plain_class, plain_attention = type(model), model.config._attn_implementation
     thinking = attach(model, QuietStarConfig(**asdict(thoughts), start_token_id=start, end_token_id=end))
     rows = embedding_rows(thinking)
+    parameters = (thinking.qstar_start, thinking.qstar_end)
     with torch.no_grad():
-        for token, parameter, text in (
-            (start, thinking.qstar_start, thoughts.start_init),
-            (end, thinking.qstar_end, thoughts.end_init),
-        ):
-            parameter.copy_(_initial_embedding(rows, tokenizer, text))
-            rows[token] = parameter
+        for token, parameter, vector in zip((start, end), parameters, initial, strict=True):
+            rows[token] = parameter.copy_(vector)
     if check:
         try:
             check_behaviour(thinking)

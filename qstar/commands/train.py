@@ -18,6 +18,7 @@ def run(arguments: list[str]) -> None:
     parser = HfArgumentParser(
         cast(Any, [RunSettings, ThoughtSettings, QuietStarArguments]),
         prog="qstar train",
+        usage="qstar train [--model NAME --dataset NAME] [--SETTING VALUE ...]",
         description="Train a model to think. Without --model and --dataset, runs the embedded default.",
     )
     for action in parser._actions:

@@ -69,8 +69,8 @@ def train_embedded(output_dir: str | Path | None = None, **settings: Any) -> Tra
     """Pre-train a small decoder, teach it to think, train a copy plainly beside it, and compare on held-out problems.
 
     Args:
-        output_dir: folder for the model, its metrics and ``report.json``; by default the first free one of
-            ``runs/quiet-star``, ``runs/quiet-star-2``, ...
+        output_dir: folder for the model, its metrics, ``report.json``, and ``plain/`` with the copy; by default the
+            first free one of ``runs/quiet-star``, ``runs/quiet-star-2``, ...
         settings: changes to ``SIZES`` and ``SETTINGS``: any field of :class:`qstar.config.ThoughtSettings` but
             ``start_init`` and ``end_init``, and of :class:`qstar.QuietStarArguments`.
 
@@ -108,6 +108,7 @@ def train_embedded(output_dir: str | Path | None = None, **settings: Any) -> Tra
     print("3/4  beside it, a copy goes through as many steps of plain training")
     plain_args = QuietStarArguments(**(settings | dict(output_dir=str(folder / "plain"), sample_steps=0)))
     PlainTrainer(plain, plain_args, train_dataset=rows, processing_class=tokenizer).train()
+    plain.save_pretrained(folder / "plain")
 
     print("4/4  both answer problems that they have not seen")
     digits = random_digits(asked, model.qstar.thought_tokens, args.seed)

@@ -79,7 +79,7 @@ def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
     Raises:
         TypeError: a setting that does not exist.
-        ValueError: one that is given twice.
+        ValueError: one that is given twice, or a wrong value of the thoughts.
     """
     of_thoughts, of_training = setting_names(ThoughtSettings), setting_names(QuietStarArguments)
     check_names("train()", settings, of_thoughts | of_training | {"batch_size"})
@@ -89,6 +89,7 @@ def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
             raise ValueError("batch_size is another name for per_device_train_batch_size, but both are given")
         settings["per_device_train_batch_size"] = settings.pop("batch_size")
     thoughts = {name: settings.pop(name) for name in list(settings) if name in of_thoughts}
+    ThoughtSettings(**thoughts)  # which checks the values, before anything is read or trained
     return thoughts, settings
 
 

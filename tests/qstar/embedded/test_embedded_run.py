@@ -1,0 +1,183 @@
+"""The front door: ``qstar train`` from the first word to its report, every row of which is computed again by hand."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qstar import load, reference, train_embedded, wrap
+from qstar.commands.main import main
+from qstar.embedded import run
+from qstar.embedded.pretrain import PretrainSettings, pretrained_model
+from qstar.embedded.task import EQUALS, WORKING, build_tokenizer, problems
+
+TINY = PretrainSettings(
+    width=16, layers=1, heads=2, key_value_heads=1, intermediate=16, batch_size=16, max_steps=30, tried=8
+)
+PROBLEMS, SEED, THOUGHT_TOKENS = 12, 3, 3
+FLAGS = (
+    f"--seed {SEED} --thought-tokens {THOUGHT_TOKENS} --rationales 2 --max-steps 3 --batch-size 2 --seq_length 24 "
+    "--mixing-head-lr-factor 1000 --sample-steps 2 --report-to none --use-cpu"
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run of the command at a tiny size: its folder, what it printed, and the cache with its first model."""
+    folder, cache = (tmp_path_factory.mktemp(name) for name in ("run", "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "CACHE", cache)
+        patch.setattr(run, "PROBLEMS", PROBLEMS)
+        patch.setattr(run, "pretrained_model", partial(pretrained_model, settings=TINY))
+        printed = []
+        patch.setattr("builtins.print", lambda *words, **options: printed.append(" ".join(map(str, words))))
+        with pytest.warns(UserWarning, match="below its goal"):
+            assert main(["train", "--output-dir", str(folder / "result"), *FLAGS.split()]) == 0
+    return folder / "result", "\n".join(printed), cache
+
+
+def own_thought(model, prompt: Tensor) -> Tensor:
+    """A greedy thought, every token by a plain pass over all before it."""
+    tokens = torch.cat([prompt, prompt.new_tensor([model.qstar.start_token_id])])
+    for _ in range(model.qstar.thought_tokens):
+        said = reference.logits(model, reference.hidden_states(model, tokens)[-1]).argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, said])
+    return tokens[len(prompt) + 1 :]
+
+
+def answer_log_probs(model, prompt: Tensor, choices: Tensor, thought: Tensor | None) -> Tensor:
+    """Of the permitted answers ``[A]``, by plain passes, the mixing by hand."""
+    state = reference.hidden_states(model, prompt)[-1]
+    if thought is not None:
+        start, end = ([token] for token in (model.qstar.start_token_id, model.qstar.end_token_id))
+        whole = torch.cat([prompt, prompt.new_tensor(start), thought, prompt.new_tensor(end)])
+        state = reference.mix(model, state, reference.hidden_states(model, whole)[-1])
+    return reference.logits(model, state)[choices].log_softmax(-1)
+
+
+@torch.no_grad()
+def score(model, think) -> dict[str, float]:
+    """What the report says of a model; ``think`` gives the thought about a problem by its number and prompt."""
+    model.set_attn_implementation("eager")
+    asked = problems(PROBLEMS, SEED, build_tokenizer())
+    choices, right, first = torch.tensor(asked.choices), [], 0
+    for number, (prompt, answer) in enumerate(zip(map(torch.tensor, asked.prompts), asked.answers, strict=True)):
+        log_probs = answer_log_probs(model, prompt, choices, think(number, prompt))
+        right.append(log_probs[asked.choices.index(answer)])
+        first += int(asked.choices[int(log_probs.argmax())] == answer)
+    right = torch.stack(right)
+    return {
+        "log_likelihood": right.mean().item(),
+        "probability": right.exp().mean().item(),
+        "accuracy": first / PROBLEMS,
+    }
+
+
+def without_thoughts(number: int, prompt: Tensor) -> None:
+    return None
+
+
+def models_of_the_report(folder, cache):
+    """For each row of the report: a model that is made or loaded here, and what it thinks."""
+    decoder, tokenizer = pretrained_model(cache, SEED, TINY)
+    before = wrap(
+        decoder, tokenizer, thought_tokens=THOUGHT_TOKENS, ahead_tokens=1, start_init=WORKING, end_init=EQUALS
+    )
+    trained, _ = load(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder / "plain")
+    plain.qstar = trained.qstar
+    digits = run.random_digits(problems(PROBLEMS, SEED, tokenizer), THOUGHT_TOKENS, SEED)
+    return {
+        "before, without thoughts": (before, without_thoughts),
+        "before, with untrained thoughts": (before, lambda number, prompt: own_thought(before, prompt)),
+        "plain training, without thoughts": (plain, without_thoughts),
+        "trained to think, without thoughts": (trained, without_thoughts),
+        "trained to think, random digits as thoughts": (trained, lambda number, prompt: digits[number]),
+        "trained to think, with its thoughts": (trained, lambda number, prompt: own_thought(trained, prompt)),
+    }
+
+
+def plain_hidden_states(model, tokens: Tensor) -> Tensor:
+    return model.base_model(tokens[None], use_cache=False).last_hidden_state[0]
+
+
+@pytest.mark.filterwarnings("ignore:the built-in decoder stopped")
+def test_every_row_of_the_report_is_that_of_plain_passes(finished, monkeypatch):
+    folder, printed, cache = finished
+    report = json.loads((folder / "report.json").read_text())
+    rows = models_of_the_report(folder, cache)
+    assert list(report["scores"]) == list(rows)
+    for name, (model, think) in rows.items():
+        if "plain" in name:  # a model without thought embeddings
+            monkeypatch.setattr(reference, "hidden_states", plain_hidden_states)
+        expected = score(model, think)
+        monkeypatch.undo()
+        assert report["scores"][name] == pytest.approx(expected, abs=1e-5), name
+        line = next(line for line in printed.splitlines() if line.startswith(name))
+        shown = [
+            f"{expected['log_likelihood']:.3f}",
+            f"{expected['probability']:.1%}",
+            f"{expected['accuracy']:.1%}",
+        ]
+        assert line.removeprefix(name).split() == shown
+    likelihoods = {round(row["log_likelihood"], 6) for row in report["scores"].values()}
+    assert len(likelihoods) == 5, "only untrained thoughts may leave a row as it was"
+
+
+def test_the_run_leaves_what_it_says(finished):
+    folder, printed, _ = finished
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["problems"], report["steps"], report["seed"]) == (PROBLEMS, 3, SEED)
+    assert printed.splitlines()[-1] == f"saved in {folder}"
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "thoughts" in record] == [0, 2]
+    assert json.loads((folder / "training_args.json").read_text())["max_steps"] == 3
+    model, _ = load(folder)
+    assert (model.qstar.thought_tokens, model.qstar.rationales, model.qstar.start_init) == (3, 2, WORKING)
+
+
+def test_the_control_learns_from_the_text_alone(finished):
+    """Its loss is the mean negative log-likelihood that transformers finds in the same rows."""
+    folder, _, _ = finished
+    plain = AutoModelForCausalLM.from_pretrained(folder / "plain")
+    wrapped, _ = load(folder)
+    tokens = torch.tensor([problem[:7] for problem in problems(4, SEED, build_tokenizer()).prompts])
+    theirs = plain(tokens, labels=tokens).loss
+    wrapped.load_state_dict(plain.state_dict(), strict=False)
+    args = run.QuietStarArguments(str(folder / "other"), report_to="none", use_cpu=True)
+    trainer = run.PlainTrainer(wrapped, args)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    loss, output = trainer.compute_loss(wrapped, inputs, return_outputs=True)
+    # Start and end tokens have no probability with us; here they are too improbable to show.
+    forbidden = plain(tokens).logits[:, :-1].softmax(-1)[..., wrapped.language_head().forbidden].sum(-1)
+    torch.testing.assert_close(loss, theirs + torch.log1p(-forbidden).mean(), rtol=1e-5, atol=1e-6)
+    assert output["loss"] is loss
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (dict(resume_from_checkpoint=True), ValueError, "resume_from_checkpoint is True, but the embedded default"),
+        (dict(eval_dataset="held-out.txt"), ValueError, "eval_dataset is 'held-out.txt', but the embedded default"),
+        (dict(start_init="---"), ValueError, "start_init is '---', but the embedded default takes none"),
+        (dict(max_step=3), TypeError, "no setting 'max_step'; did you mean 'max_steps'"),
+        (dict(rationales=0), ValueError, "rationales is 0, but it must be an integer of at least 1"),
+    ],
+)
+def test_the_embedded_default_refuses_what_it_cannot_use(settings, error, message, tmp_path, monkeypatch):
+    """Before it has trained anything."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "pretrained_model", lambda *_: pytest.fail("it has begun"))
+    with pytest.raises(error, match=message):
+        train_embedded(**settings)
+
+
+def test_an_embedded_run_does_not_write_over_another(finished):
+    folder, _, _ = finished
+    with pytest.raises(FileExistsError, match="holds an earlier run"):
+        train_embedded(folder)

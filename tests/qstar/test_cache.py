@@ -1,0 +1,98 @@
+"""One reading of a text, shared by all that comes after it: thoughts are dropped without a trace, and text goes on."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from qstar.cache import ThoughtCache
+from qstar.grid import Text
+from qstar.talking import speak
+from qstar.thinking import advance, read_on, read_text, think
+
+FAMILIES = sorted(tiny.FAMILIES)
+LENGTH = 9
+
+
+def texts(length: int, begin: int = 0):
+    """A batch with padding on the left of one row and two documents in the other."""
+    tokens = tiny.text(2, LENGTH)[:, :length]
+    mask = torch.ones(2, LENGTH, dtype=torch.int64)
+    mask[1, :2] = 0
+    positions = torch.stack([torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3]), (torch.arange(LENGTH) - 2).clamp(min=0)])
+    return Text.from_inputs(tokens, mask[:, :length], position_ids=positions[:, :length]), mask[:, :length].bool()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cuts", [(4,), (1, 5, 6), (8,)], ids=str)
+def test_a_text_read_in_parts_is_the_text_read_at_once(family, cuts):
+    model = tiny.thinking_model(family, thought_tokens=2, ahead_tokens=1)
+    text, valid = texts(LENGTH)
+    grid = model.grid(LENGTH)
+    whole = read_text(model, text, grid)
+    parts = read_text(model, texts(cuts[0])[0], grid)
+    for cut in (*cuts[1:], LENGTH):
+        parts = read_on(model, parts, texts(cut)[0])
+    assert parts.cache.text_length == LENGTH
+    torch.testing.assert_close(parts.hidden[valid], whole.hidden[valid], rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(parts.cache.layers, whole.cache.layers, strict=True):
+        for x, y in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            torch.testing.assert_close(x.movedim(2, 1)[valid], y.movedim(2, 1)[valid], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss"])
+def test_thoughts_about_a_text_that_goes_on_are_those_of_a_fresh_reading(family):
+    model = tiny.thinking_model(family, thought_tokens=3, ahead_tokens=1, rationales=1)
+    short, (long, _) = texts(5)[0], texts(LENGTH)
+    grid = model.grid(LENGTH)
+    reading = read_text(model, short, grid)
+    think(model, short, grid, temperature=1.0, seed=3, last=2, reading=reading)
+    reading = read_on(model, reading, long)
+    ours = think(model, long, grid, temperature=1.0, seed=4, last=3, reading=reading)
+    assert torch.equal(ours, think(model, long, grid, temperature=1.0, seed=4, last=3))
+    fresh = speak(model, read_text(model, long, grid), ours)
+    torch.testing.assert_close(speak(model, reading, ours, cached=3), fresh, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_dropped_thoughts_leave_no_trace():
+    """The next ones may stand at other positions, and are as if the first had never been."""
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1)
+    text, _ = texts(LENGTH)
+    grid = model.grid(LENGTH)
+    reading, fresh = (read_text(model, text, grid) for _ in range(2))
+    advance(model, reading, 0, tiny.random_thoughts(model, 2, LENGTH)[..., 0])
+    reading.cache.drop_thoughts()
+    with pytest.raises(ValueError, match="the cache holds no thoughts"):
+        reading.cache.layers[0].thoughts()
+    tokens = tiny.random_thoughts(model, 2, 4, seed=7)[..., 0]
+    assert torch.equal(advance(model, reading, 0, tokens), advance(model, fresh, 0, tokens))
+
+
+@torch.no_grad()
+def test_text_does_not_go_on_behind_thoughts_that_were_not_dropped():
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1)
+    text, _ = texts(LENGTH)
+    reading = read_text(model, text, model.grid(LENGTH))
+    advance(model, reading, 0, tiny.random_thoughts(model, 2, LENGTH)[..., 0])
+    with pytest.raises(ValueError, match=r"drop_thoughts\(\) comes before extend\(\)"):
+        reading.cache.extend()
+    with pytest.raises(ValueError, match="text has 9 tokens, but it must have more than the 9 read so far"):
+        read_on(model, reading, text)
+
+
+def test_an_empty_cache_holds_no_text():
+    assert ThoughtCache(rationales=2, rationale_length=4).text_length == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cached", [-1, 4])
+def test_speaking_reads_the_end_token_itself(cached):
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1)
+    text, _ = texts(LENGTH)
+    reading = read_text(model, text, model.grid(LENGTH))
+    with pytest.raises(ValueError, match=rf"cached is {cached}, but it must be in 0\.\.3"):
+        speak(model, reading, tiny.random_thoughts(model, 2, LENGTH), cached=cached)

@@ -1,0 +1,96 @@
+"""The settings of a run: what would be ignored or make a result wrong is refused before anything is trained."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+from datasets import Dataset
+
+from qstar import train
+from qstar.training.run import split_settings
+from qstar.training.settings import IGNORED_ARGUMENTS, QuietStarArguments
+from qstar.training.trainer import IGNORED_HOOKS, QuietStarTrainer
+
+GIVEN = dict(
+    label_smoothing_factor=0.1,
+    prediction_loss_only=True,
+    include_for_metrics=["inputs"],
+    batch_eval_metrics=True,
+    eval_accumulation_steps=2,
+    eval_use_gather_object=True,
+    label_names=["labels"],
+    fp16_full_eval=True,
+    bf16_full_eval=True,
+    neftune_noise_alpha=5.0,
+)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_an_argument_that_would_be_ignored_is_refused(name, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        QuietStarArguments(str(tmp_path), use_cpu=True, report_to="none", **{name: GIVEN[name]})
+    assert str(caught.value).startswith(f"{name} is {GIVEN[name]!r}, but it must be left alone: ")
+    assert IGNORED_ARGUMENTS[name] in str(caught.value)
+
+
+def test_every_refused_argument_is_tried_above_but_for_what_needs_a_library():
+    assert set(IGNORED_ARGUMENTS) - set(GIVEN) == {"use_liger_kernel"}
+
+
+def test_the_refusal_comes_before_the_run(tmp_path):
+    data = Dataset.from_dict({"text": ["a b c d"] * 4})
+    with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1"):
+        train(tiny.plain_model("llama"), data, output_dir=tmp_path / "run", label_smoothing_factor=0.1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", IGNORED_HOOKS)
+def test_a_hook_that_would_be_ignored_is_refused(name, tmp_path):
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=1)
+    args = QuietStarArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=f"{name} is given, but it would be ignored"):
+        QuietStarTrainer(model, args, **{name: lambda *_: {}})
+
+
+def test_settings_are_told_apart():
+    thoughts, training = split_settings(dict(thought_tokens=3, sigmoid=True, learning_rate=1e-3, batch_size=2))
+    assert thoughts == dict(thought_tokens=3, sigmoid=True)
+    assert training == dict(learning_rate=1e-3, per_device_train_batch_size=2)
+
+
+def test_two_names_of_one_setting_are_refused():
+    with pytest.raises(ValueError, match="batch_size is another name for per_device_train_batch_size, but both"):
+        split_settings(dict(batch_size=2, per_device_train_batch_size=4))
+
+
+def test_a_model_that_thinks_keeps_what_it_was_made_with(tmp_path):
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=1)
+    data = Dataset.from_dict({"text": ["a b c d e f"] * 4})
+    options = dict(
+        tokenizer=tiny.tokenizer(), max_steps=1, batch_size=2, seq_length=6, report_to="none", save_strategy="no"
+    )
+    for name, value, made_with in (("start_init", "a", "---"), ("sigmoid", True, False), ("end_token", "<e>", None)):
+        made_with = model.qstar.end_token if made_with is None else made_with
+        with pytest.raises(ValueError, match=rf"{name} is {value!r}, but the model was made with") as caught:
+            train(model, data, output_dir=tmp_path / "other", **options, **{name: value})
+        assert repr(made_with) in str(caught.value)
+    trained = train(model, data, output_dir=tmp_path / "run", **options, thought_tokens=4, sigmoid=False).model
+    assert (trained.qstar.thought_tokens, trained.qstar.sigmoid) == (4, False)
+
+
+def test_the_objective_is_what_the_settings_say(tmp_path):
+    args = QuietStarArguments(
+        str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        policy_weight=0.5,
+        thought_temperature=0.7,
+        reinforce_temperature=2.0,
+        baseline="leave_one_out",
+        signed_advantages=True,
+    )
+    objective = args.objective()
+    values = (objective.policy_weight, objective.temperature, objective.reinforce_temperature)
+    assert values == (0.5, 0.7, 2.0)
+    assert (objective.baseline, objective.signed) == ("leave_one_out", True)
+    assert args.folder == tmp_path
