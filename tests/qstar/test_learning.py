@@ -58,37 +58,6 @@ def test_every_new_parameter_learns():
         assert found[name].abs().sum() > 0, name
 
 
-def test_one_thought_changes_nothing_elsewhere():
-    model = tiny.thinking_model(thought_tokens=3, ahead_tokens=2)
-    text = Text.from_inputs(tiny.text(1, 8))
-    grid = model.grid(8)
-    thoughts = tiny.random_thoughts(model, 1, 8)
-    changed = thoughts.clone()
-    changed[0, 3, 1] = (changed[0, 3, 1] - 4 + 1) % 26 + 4
-    before, after = talk(model, text, grid, thoughts), talk(model, text, grid, changed)
-    same = before.log_talk == after.log_talk
-    assert not same[0, 3, 1].any()
-    same[0, 3, 1] = True
-    assert same.all()
-    assert torch.equal(before.log_base, after.log_base)
-
-
-def test_talk_sees_no_later_text():
-    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=3)
-    tokens = tiny.text(1, 9)
-    thoughts = tiny.random_thoughts(model, 1, 9)
-    grid = model.grid(9)
-    before = talk(model, Text.from_inputs(tokens), grid, thoughts)
-    for changed in range(1, 9):
-        other = tokens.clone()
-        other[0, changed] = (other[0, changed] - 4 + 1) % 26 + 4
-        after = talk(model, Text.from_inputs(other), grid, thoughts)
-        for i in range(9):
-            for k in range(3):
-                if i + k + 1 < changed:  # neither read nor predicted
-                    assert torch.equal(before.log_talk[0, i, :, k], after.log_talk[0, i, :, k]), (changed, i, k)
-
-
 @pytest.mark.parametrize("rationales", [1, 2, 3])
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "base"])
 def test_untrained_head_changes_nothing(rationales, baseline):
@@ -108,16 +77,6 @@ def test_sigmoid_head_starts_at_one_half():
     model = tiny.thinking_model(mixing=False, sigmoid=True, thought_tokens=2, ahead_tokens=1)
     output = Objective()(model, tiny.text(1, 6), thoughts=tiny.random_thoughts(model, 1, 6))
     assert float(output.mixing_weight) == 0.5
-
-
-def test_permuting_rationales_permutes_results():
-    model = tiny.thinking_model(thought_tokens=3, ahead_tokens=2, rationales=3)
-    text, grid = Text.from_inputs(tiny.text(2, 8)), model.grid(8)
-    thoughts = tiny.random_thoughts(model, 2, 8)
-    order = torch.tensor([2, 0, 1])
-    ours = talk(model, text, grid, thoughts).log_talk
-    permuted = talk(model, text, grid, thoughts[:, :, order]).log_talk
-    torch.testing.assert_close(permuted, ours[:, :, order], rtol=0, atol=1e-5)
 
 
 def test_what_a_training_step_asks_the_device():
@@ -167,22 +126,6 @@ def test_padding_changes_nothing(family, side):
         assert relative(getattr(output, name), getattr(alone, name)) <= 1e-5, name
     for name, gradient in wanted.items():
         assert relative(found[name], gradient) <= 1e-5, name
-
-
-def test_packed_documents_do_not_see_each_other():
-    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
-    lengths = [5, 1, 4]
-    tokens, thoughts = tiny.text(1, 10), tiny.random_thoughts(model, 1, 10)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    together = talk(model, Text.from_inputs(tokens, position_ids=positions), model.grid(10), thoughts)
-    begin = 0
-    for length in lengths:
-        part = slice(begin, begin + length)
-        alone = talk(model, Text.from_inputs(tokens[:, part]), model.grid(length), thoughts[:, part])
-        torch.testing.assert_close(together.log_talk[:, part], alone.log_talk, rtol=0, atol=1e-5)
-        torch.testing.assert_close(together.log_base[:, part], alone.log_base, rtol=0, atol=1e-5)
-        assert torch.equal(together.targets[:, part], alone.targets)
-        begin += length
 
 
 def test_ignored_labels_are_read_but_not_learned():

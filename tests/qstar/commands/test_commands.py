@@ -34,7 +34,17 @@ def folders(tmp_path_factory):
 def train_command(folders, output, *more: str) -> list[str]:
     words = f"train --model {folders / 'model'} --dataset {folders / 'train.jsonl'} --output-dir {output} --use-cpu"
     sizes = "--thought-tokens 2 --ahead_tokens 1 --batch-size 2 --seq-length 8 --max-steps 2 --report-to none"
-    return [*words.split(), *sizes.split(), "--sample-steps", "0", "--disable-tqdm", "true", "--learning-rate", "0.01", *more]
+    return [
+        *words.split(),
+        *sizes.split(),
+        "--sample-steps",
+        "0",
+        "--disable-tqdm",
+        "true",
+        "--learning-rate",
+        "0.01",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")

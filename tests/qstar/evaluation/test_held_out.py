@@ -1,0 +1,107 @@
+"""Held-out log-likelihood, against plain passes of the model over every position and thought."""
+
+from __future__ import annotations
+
+from math import exp
+
+import pytest
+import tiny
+import torch
+
+from qstar import reference
+from qstar.data import PadRight
+from qstar.evaluation.held_out import Evaluation, evaluate_rows
+from qstar.evaluation.tables import evaluation_table, table
+
+
+@torch.no_grad()
+def test_every_number_is_that_of_plain_passes():
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2, rationales=2)
+    rows = [tiny.text(1, length, seed)[0].tolist() for seed, length in enumerate((7, 4, 5))]
+    found = evaluate_rows(model, [PadRight()([{"input_ids": row} for row in rows])])
+    base, talk, weights = {0: [], 1: []}, {0: [], 1: []}, []
+    edges = torch.tensor([model.qstar.start_token_id, model.qstar.end_token_id])
+    for tokens in map(torch.tensor, rows):
+        states = reference.hidden_states(model, tokens)
+        for i in range(len(tokens) - 1):
+            thought = tokens[:0]
+            for _ in range(2):
+                so_far = torch.cat([tokens[: i + 1], edges[:1], thought])
+                said = reference.logits(model, reference.hidden_states(model, so_far)[-1]).argmax(-1, keepdim=True)
+                thought = torch.cat([thought, said])
+            whole = torch.cat([tokens[: i + 1], edges[:1], thought, edges[1:], tokens[i + 1 : i + 2]])
+            after = reference.hidden_states(model, whole)
+            for k in range(min(2, len(tokens) - 1 - i)):
+                target, u, g = tokens[i + k + 1], states[i + k], after[i + 4 + k]
+                mixed = reference.mix(model, u, g)
+                base[k].append(reference.logits(model, u).log_softmax(-1)[target])
+                talk[k].append(reference.logits(model, mixed).log_softmax(-1)[target])
+                if k == 0:
+                    weights.append(((mixed - u) @ (g - u)) / ((g - u) @ (g - u)))
+    means = {k: (-torch.stack(base[k]).mean().item(), -torch.stack(talk[k]).mean().item()) for k in (0, 1)}
+    assert found.tokens == len(base[0]) == 13
+    assert (found.nll_base, found.nll_talk) == pytest.approx(means[0], rel=1e-4)
+    assert (found.nll_base_ahead[1], found.nll_talk_ahead[1]) == pytest.approx(means[1], rel=1e-4)
+    assert found.mixing_weight == pytest.approx(torch.stack(weights).mean().item(), rel=1e-3)
+    summary = found.summary()
+    assert summary["gain"] == pytest.approx(means[0][0] - means[0][1], rel=1e-3)
+    assert summary["perplexity_talk"] == pytest.approx(exp(found.nll_talk))
+
+
+def test_batches_and_padding_change_nothing():
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2)
+    rows = [{"input_ids": tiny.text(1, length, length)[0].tolist()} for length in (8, 3, 6, 5)]
+    together = evaluate_rows(model, [PadRight()(rows)])
+    apart = evaluate_rows(model, [PadRight()([row]) for row in rows])
+    assert together.tokens == apart.tokens
+    assert together.nll_talk_ahead == pytest.approx(apart.nll_talk_ahead, rel=1e-5)
+    assert together.nll_base_ahead == pytest.approx(apart.nll_base_ahead, rel=1e-5)
+
+
+def test_evaluating_leaves_the_mode_alone():
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1).train()
+    evaluate_rows(model, [PadRight()([{"input_ids": [5, 6, 7]}])])
+    assert model.training
+
+
+def test_a_text_without_a_token_to_predict_is_refused():
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1)
+    with pytest.raises(ValueError, match="dataset holds no token to predict"):
+        evaluate_rows(model, [PadRight()([{"input_ids": [5]}])])
+
+
+def test_processes_add_up_their_sums():
+    """``total`` sees all that is averaged: two processes that evaluate half each find what one finds."""
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2)
+    halves = [[PadRight()([{"input_ids": tiny.text(1, n, n)[0].tolist()}])] for n in (8, 5)]
+    seen = []
+    for half in halves:
+        evaluate_rows(model, half, total=lambda sums: seen.append(sums) or sums)
+    whole = evaluate_rows(model, halves[0] + halves[1])
+    assert evaluate_rows(model, halves[0], total=lambda sums: seen[0] + seen[1]) == whole
+
+
+def test_the_table_shows_what_was_found():
+    result = Evaluation(
+        tokens=13,
+        nll_base=2.5,
+        nll_talk=2.25,
+        nll_base_ahead=(2.5, 3.0),
+        nll_talk_ahead=(2.25, 3.5),
+        mixing_weight=0.125,
+    )
+    shown = evaluation_table(result).splitlines()
+    assert shown[2].split() == ["1", "ahead", "-2.5000", "-2.2500", "+0.2500"]
+    assert shown[3].split() == ["2", "ahead", "-3.0000", "-3.5000", "-0.5000"]
+    assert shown[-1] == (
+        "13 tokens predicted; mean mixing weight 0.125; perplexity 12.182 without and 9.488 with thoughts"
+    )
+
+
+def test_a_table_lines_its_columns_up():
+    assert table(["name", "a"], [["x", "1.5"], ["longer", "10"]]).splitlines() == [
+        "name      a",
+        "------  ---",
+        "x       1.5",
+        "longer   10",
+    ]

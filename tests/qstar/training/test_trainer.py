@@ -1,0 +1,93 @@
+"""The Trainer: what it logs, how it draws, which rates it gives, and what it evaluates."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from tiny_runs import QUIET, records, texts, tiny_train
+
+from qstar import evaluate, train
+from qstar.data import PadRight
+from qstar.experimental import cuda_graph
+from qstar.training.settings import QuietStarArguments
+from qstar.training.trainer import QuietStarTrainer
+
+
+def test_accumulated_batches_equal_one_batch(tmp_path):
+    """The same rows as one batch of four or as two of two: the same thoughts, the same gradient."""
+    rows = [{"input_ids": tiny.text(1, 10, seed)[0].tolist(), "position_ids": list(range(10))} for seed in range(4)]
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
+    gradients, drawn = [], []
+    for size in (4, 2):
+        args = QuietStarArguments(str(tmp_path), per_device_train_batch_size=size, **(QUIET | dict(seq_length=10)))
+        trainer = QuietStarTrainer(model, args, train_dataset=rows)
+        model.zero_grad()
+        thoughts = []
+        for begin in range(0, 4, size):
+            batch = PadRight()(rows[begin : begin + size])
+            loss, output = trainer.compute_loss(model, batch, return_outputs=True)
+            (loss * size / 4).backward()
+            thoughts.append(output.thoughts)
+        drawn.append(torch.cat(thoughts))
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert torch.equal(*drawn)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_learning_rates_of_the_new_parameters(tmp_path):
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=1)
+    args = QuietStarArguments(
+        str(tmp_path), learning_rate=1e-3, mixing_head_lr_factor=10, thought_embedding_lr_factor=100, **QUIET
+    )
+    optimizer = QuietStarTrainer(model, args).create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    assert rates[id(model.qstar_mixing_head.output.weight)] == pytest.approx(1e-2)
+    assert rates[id(model.qstar_start)] == rates[id(model.qstar_end)] == pytest.approx(1e-1)
+    assert rates[id(model.lm_head.weight)] == pytest.approx(1e-3)
+
+
+def test_trainer_evaluates_held_out_text(tmp_path):
+    result = tiny_train(tmp_path / "run", eval_dataset=texts(4), eval_strategy="steps", eval_steps=2, max_steps=2)
+    evaluated = [record for record in records(result.folder) if "eval_nll_talk" in record]
+    assert evaluated[0]["eval_gain"] == pytest.approx(evaluated[0]["eval_nll_base"] - evaluated[0]["eval_nll_talk"])
+    expected = evaluate(result.model, result.tokenizer, texts(4), seq_length=12)
+    assert evaluated[-1]["eval_nll_talk"] == pytest.approx(expected.nll_talk, rel=1e-5)
+
+
+def test_batches_of_other_lengths_share_no_row_number(tmp_path):
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=1)
+    args = QuietStarArguments(str(tmp_path), per_device_train_batch_size=2, **QUIET)
+    trainer = QuietStarTrainer(model, args)
+    taken = []
+    for length in (12, 5, 12, 7):
+        offset = trainer._objective_for(torch.zeros(2, length)).row_offset
+        taken += range(offset, offset + 2 * length * model.qstar.rationales)
+    assert len(taken) == len(set(taken))
+
+
+def test_held_out_text_is_evaluated_at_the_end(tmp_path):
+    result = tiny_train(tmp_path / "run", eval_dataset=texts(4))
+    expected = evaluate(result.model, result.tokenizer, texts(4), seq_length=12)
+    assert records(result.folder)[-1]["eval_nll_talk"] == pytest.approx(expected.nll_talk, rel=1e-5)
+
+
+def test_a_graph_is_refused_without_a_gpu(tmp_path):
+    why = "cuda_graph is enabled, but thinking cannot be captured: the text is on cpu"
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=1)
+    cuda_graph.enable(model)
+    with pytest.raises(ValueError, match=why):
+        train(
+            model, texts(), tokenizer=tiny.tokenizer(), output_dir=tmp_path / "run", max_steps=1, use_cpu=True, **QUIET
+        )
+    trainer = QuietStarTrainer(model, QuietStarArguments(str(tmp_path), use_cpu=True, **QUIET))
+    with pytest.raises(ValueError, match=why):
+        trainer.evaluate([dict(input_ids=[5, 6, 7], position_ids=[0, 1, 2])])
+
+
+def test_weights_of_16_bits_are_warned_of(tmp_path, caplog):
+    model = tiny.thinking_model(dtype=torch.bfloat16, thought_tokens=2, ahead_tokens=1)
+    QuietStarTrainer(model, QuietStarArguments(str(tmp_path), **QUIET))
+    assert "weights that learn are 16-bit" in caplog.text
