@@ -1,9 +1,9 @@
 """The objective beside the Quiet-STaR authors' own code: losses, rewards, advantages and every gradient.
 
-``authors.json`` holds what github.com/ezelikman/quiet-star at commit 892446b (its model code is under the Apache License
-2.0; none of it is here) computed under transformers 4.37.2 on the case of ``parity_case.py``: on a CPU, with eager
-attention, in float64, its casts to float32 in norms, softmax and rotary embeddings lifted. A gradient is kept as its norm
-and three projections. Two sets of rules, since theirs and ours differ in three things:
+``authors.json`` holds what github.com/ezelikman/quiet-star at commit 892446b computed on the case of
+``parity_case.py``: transformers 4.37.2, a CPU, eager attention, float64, with its casts to float32 in norms,
+softmax and rotary embeddings lifted. Its model code is under the Apache License 2.0; none of it is here. A gradient is
+kept as its norm and three projections. Theirs and ours differ in three rules, so there are two comparisons:
 
     ours     their code with three edits, beside our objective: the thought tokens have no probability in what is scored
              (theirs forbids them in sampling only), the last column of rewards, i = N-1-m, is kept, and a reward counts
