@@ -7,7 +7,6 @@ from pathlib import Path
 import every_model
 import pytest
 import tiny
-import torch
 import transformers
 
 from qstar import wrap
@@ -16,15 +15,7 @@ MODELS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 THINKS, UNTRIED, OWN_ERROR = "thinks", "not tried", "an error of the model's own"
 DOCUMENTED_VERSION = "5.23"
 MODEL_TYPES = every_model.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products gain nothing from threads, and wait for them where others want the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from qstar import Objective, wrap
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 POLICY_WEIGHTS = ("1e+06", "1", "0")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class OurRules(Objective):
