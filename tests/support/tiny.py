@@ -63,6 +63,11 @@ def plain_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, 
     torch.manual_seed(seed)
     names = [f"{name}ForCausalLM", f"{name}LMHeadModel"]
     model = getattr(transformers, next(each for each in names if hasattr(transformers, each)))(config)
+    return randomized(model).to(dtype).eval()
+
+
+def randomized(model):
+    """``model`` with weights that count beside the residual stream, which the initial ones would not."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -70,7 +75,7 @@ def plain_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, 
         for name, parameter in model.named_parameters():
             if name.endswith("sinks"):
                 parameter.normal_()
-    return model.to(dtype).eval()
+    return model
 
 
 def thinking_model(
