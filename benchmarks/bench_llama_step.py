@@ -19,14 +19,14 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from bench_training_step import check_agreement, useful_flops
-from device_limits import Limits
-from masked_path import masked_objective
-from results_file import Job, Peer, measure_peers, parse_options, run, this_device
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.optimization import Adafactor
 
+from bench_training_step import check_agreement, useful_flops
+from lab.device_limits import Limits
+from lab.results_file import Job, Peer, measure_peers, parse_options, run, this_device
+from masked_path import masked_objective
 from qstar import losses
 from qstar.model import LanguageHead, QuietStarConfig, attach
 

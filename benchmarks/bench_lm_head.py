@@ -13,12 +13,12 @@ from functools import partial
 
 import pytest
 import torch
-from device_limits import Limits
-from head_cases import INPUTS, QUICK, SIZES, Inputs, Work
-from head_peers import peers_of
-from paired import compare
-from results_file import DTYPE, Job, Peer, limits_of, measure_peers, parse_options, report, run, this_device
 
+from lab.device_limits import Limits
+from lab.paired import compare
+from lab.results_file import DTYPE, Job, Peer, limits_of, measure_peers, parse_options, report, run, this_device
+from peers.head import peers_of
+from peers.head_cases import INPUTS, QUICK, SIZES, Inputs, Work
 from qstar_kernels import sample_linear
 
 GOAL = 1.15  # times the bare products, that ours should stay within

@@ -15,11 +15,11 @@ from functools import cache, partial
 
 import pytest
 import torch
-from attention_cases import Grid, Work
-from attention_peers import packed_peers, step_peers
-from device_limits import Limits
-from paired import Call
-from results_file import (
+from torch import Tensor
+
+from lab.device_limits import Limits
+from lab.paired import Call
+from lab.results_file import (
     DTYPE,
     Job,
     Peer,
@@ -31,8 +31,8 @@ from results_file import (
     run,
     this_device,
 )
-from torch import Tensor
-
+from peers.attention import packed_peers, step_peers
+from peers.attention_cases import Grid, Work
 from qstar_kernels import thought_attention, thought_attention_step
 from qstar_kernels.testing import AttentionCase
 

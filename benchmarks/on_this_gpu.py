@@ -23,8 +23,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from goals import THINKING, Row, embedded_rows, rows_of
-from gpu_stages import HERE, ROOT, STAGES, Command, Room, Stage, Unavailable, python, read_results
+from lab.goals import THINKING, Row, embedded_rows, rows_of
+from lab.gpu_stages import BENCHMARKS, ROOT, STAGES, Command, Room, Stage, Unavailable, python, read_results
 
 LIMIT_SECONDS = 540
 LINE = 120  # characters of what a stage found
@@ -49,7 +49,7 @@ def budget(stage: Stage, others: Iterable[Stage], left: float) -> float:
 
 def environment() -> dict[str, str]:
     """This checkout comes first, whatever is installed; a sanitizer sees every allocation by itself."""
-    paths = [ROOT, ROOT / "kernels", HERE, os.environ.get("PYTHONPATH")]
+    paths = [ROOT, ROOT / "kernels", BENCHMARKS, os.environ.get("PYTHONPATH")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path)}
 
 
@@ -209,7 +209,7 @@ def describe_gpu() -> dict[str, Any]:
     """Asked in another process, so that this one takes no memory of the device; SystemExit where there is none."""
     code = (
         "import json, torch\n"
-        "from device_limits import describe, versions\n"
+        "from lab.device_limits import describe, versions\n"
         "there = torch.cuda.is_available()\n"
         "print(json.dumps({'device': describe(torch.device('cuda')), 'versions': versions()} if there else None))"
     )

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-goals = import_module("goals")
-stages = import_module("gpu_stages")
+goals = import_module("lab.goals")
+stages = import_module("lab.gpu_stages")
 survey = import_module("on_this_gpu")
 
 GPU = {"device": {"type": "cuda", "name": "a card"}, "versions": {"torch": "2.11.0"}}
@@ -64,7 +64,7 @@ def test_a_failure_a_time_out_and_a_missing_tool_stop_nothing(tmp_path, monkeypa
         "absent": stages.STAGES["sanitizer"]._replace(seconds=1),
         "unknown": stages.Stage(1, lambda room: [("/no/such/program",)], lambda room, logs: {}),
         "unreadable": fake("", seconds=1, read=lambda room, logs: 1 / 0),
-        "right": fake("import goals, qstar_kernels; print(qstar_kernels.__file__)", seconds=1),
+        "right": fake("import lab.goals, qstar_kernels; print(qstar_kernels.__file__)", seconds=1),
     }
     out = tmp_path / "out"
     summary = survey.run_stages(given, GPU, out, 24)
@@ -163,7 +163,9 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 def test_the_record_of_tests_says_how_they_ended_and_where_they_ran(tmp_path):
-    (tmp_path / "conftest.py").write_text("import gpu_record\nMADE = [0]\ngpu_record.allocations = lambda: MADE[0]\n")
+    (tmp_path / "conftest.py").write_text(
+        "from lab import gpu_record\nMADE = [0]\ngpu_record.allocations = lambda: MADE[0]\n"
+    )
     (tmp_path / "test_several.py").write_text(
         "import pytest\nfrom conftest import MADE\n\n"
         "@pytest.fixture\ndef broken():\n    raise OSError('no fixture')\n\n"
@@ -175,7 +177,7 @@ def test_the_record_of_tests_says_how_they_ended_and_where_they_ran(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
     for share in range(2):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_record", "."]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "lab.gpu_record", "."]
         options = ["--record", f"tests-{share}.json", "--share", f"{share}/2"]
         subprocess.run([*command, *options], cwd=tmp_path, env=environment, capture_output=True)
     found = stages.read_checks(stages.Room(tmp_path, tmp_path, 1.0), [])
@@ -215,7 +217,7 @@ def test_what_tuning_printed():
 
 def test_every_kernel_is_launched_for_the_sanitizer():
     pytest.importorskip("triton")
-    every_kernel = import_module("every_kernel")
+    every_kernel = import_module("lab.every_kernel")
     assert set(every_kernel.PARTS) == set(stages.PARTS)
     small = every_kernel.PLAIN._replace(batch=1, positions=3, heads=2, kv_heads=1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -224,7 +226,7 @@ def test_every_kernel_is_launched_for_the_sanitizer():
         every_kernel.PARTS["head-float32"](device)
     places = ("thought_attention.forward", "thought_attention.backward", "thought_attention.step")
     places += ("lm_head.mix_kernels", "lm_head.row_kernels", "lm_head.sample_kernels")
-    modules = [import_module(f"qstar_kernels.{place}") for place in places] + [import_module("epilogue_sampling")]
+    modules = [import_module(f"qstar_kernels.{place}") for place in places] + [import_module("peers.epilogue_sampling")]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert set(counts) == kernels and min(counts.values()) > 0
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from device_limits import Limits, describe, device_name, measure_limits, slug, versions
-from paired import Call, Time, TurnFailed, clock_of, median_ratio, rehearse, take_turns
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+from lab.device_limits import Limits, describe, device_name, measure_limits, slug, versions
+from lab.paired import Call, Time, TurnFailed, clock_of, median_ratio, rehearse, take_turns
+
+RESULTS = Path(__file__).parents[1] / "results"
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ROUNDS = {"fewest": 3, "most": 20, "seconds": 2.0}
 

@@ -1,11 +1,11 @@
-"""The bytes of a training step add up as benchmarks/count_step.py says: so much a layer, and so much a token of it."""
+"""The bytes of a training step add up as lab/count_step.py says: so much a layer, and so much a token of it."""
 
 from importlib import import_module
 
 import pytest
 import torch
 
-count_step = import_module("count_step")
+count_step = import_module("lab.count_step")
 
 TINY = count_step.SHAPES["tiny"]
 

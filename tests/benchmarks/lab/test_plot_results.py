@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-plot_style = import_module("plot_style")
-plot_results = import_module("plot_results")
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+plot_style = import_module("lab.plot_style")
+plot_results = import_module("lab.plot_results")
 
 
 def measured(benchmark: str) -> dict:

@@ -1,6 +1,6 @@
 """What a training step of a Llama has to do on a GPU, counted on a CPU: products of matrices, and bytes of all else.
 
-    python benchmarks/count_step.py [--matrix-tflops 788] [--bandwidth-gbs 4300]
+    python -m lab.count_step [--matrix-tflops 788] [--bandwidth-gbs 4300]
 
 Products are those of bench_llama_step.py. The other operations of a layer (norms, rotary embeddings, activations, sums,
 casts of autocast) are bound by memory: their inputs and outputs are added up while the layer runs once on short texts.
@@ -16,12 +16,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from bench_llama_step import AHEAD_TOKENS, CASES, RATIONALES, SHAPES, THOUGHT_TOKENS, Case, Shape, make_model
-from bench_training_step import useful_flops
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench_llama_step import AHEAD_TOKENS, CASES, RATIONALES, SHAPES, THOUGHT_TOKENS, Case, Shape, make_model
+from bench_training_step import useful_flops
 from qstar.grid import Text
 from qstar.thoughts import read_grid, think
 

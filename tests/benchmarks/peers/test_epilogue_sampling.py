@@ -9,7 +9,7 @@ from qstar_kernels import sample_linear
 from qstar_kernels.testing import assert_close
 
 pytest.importorskip("triton")
-epilogue_sampling = import_module("epilogue_sampling")
+epilogue_sampling = import_module("peers.epilogue_sampling")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -13,8 +13,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+BENCHMARKS = Path(__file__).resolve().parents[1]
+ROOT = BENCHMARKS.parent
 MOST_WORKERS = 12  # processes that share the tests, since compiling takes most of their time
 SETTLING = 30  # seconds before a stage is killed from which a benchmark starts nothing new
 TESTS = (
@@ -23,7 +23,7 @@ TESTS = (
     "kernels/test_triton_attention.py",
     "kernels/test_triton_lm_head.py",
     "kernels/test_lm_head_product_dtype.py",
-    "benchmarks/test_epilogue_sampling.py",
+    "benchmarks/peers/test_epilogue_sampling.py",
     "kernels/test_tune.py",
 )  # those that take a GPU where there is one
 KERNELS, DTYPES = ("attention", "rules", "head"), ("bfloat16", "float32")
@@ -73,7 +73,7 @@ def python(*arguments: str | Path) -> Command:
 def check_commands(room: Room) -> list[Command]:
     files = [ROOT / "tests" / name for name in TESTS]
     workers = max(1, min(MOST_WORKERS, 3 * (os.cpu_count() or 1) // 4))
-    shared = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_record", *files)
+    shared = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "lab.gpu_record", *files)
     return [
         python(*shared, "--record", room.scratch / f"tests-{worker}.json", "--share", f"{worker}/{workers}")
         for worker in range(workers)
@@ -100,7 +100,7 @@ def read_results(out: Path) -> dict[str, dict]:
 
 
 def bench(script: str) -> Callable[[Room], list[Command]]:
-    return lambda room: [python(HERE / script, "--out", room.out, "--limit-seconds", room.limit)]
+    return lambda room: [python(BENCHMARKS / script, "--out", room.out, "--limit-seconds", room.limit)]
 
 
 def read_cases(benchmark: str) -> Callable[[Room, list[str]], dict[str, Any]]:
@@ -131,7 +131,7 @@ def sanitizer() -> str:
 
 def sanitizer_commands(room: Room) -> list[Command]:
     watch = (sanitizer(), "--error-exitcode", "9", "--tool")
-    watched = [python(HERE / "every_kernel.py", part) for part in PARTS]
+    watched = [python("-m", "lab.every_kernel", part) for part in PARTS]
     return [(*watch, tool, *command) for tool in ("memcheck", "racecheck") for command in watched]
 
 
