@@ -1,6 +1,6 @@
 """The language-model head against every other way to compute it, and against the matrix products that it needs.
 
-    python benchmarks/bench_lm_head.py [--quick] [--limit-seconds S] [--out FOLDER]
+    python benchmarks/bench_lm_head.py [--quick] [--seconds S] [--out FOLDER]
 
 prints a table while it goes and writes ``lm_head-<device>.json``; under pytest a part of it is measured. Every
 contender is checked before it is timed, and all are timed in turn; one that cannot run is absent, with the reason.
@@ -108,7 +108,7 @@ def main() -> None:
     device = this_device()
     works, quick = SIZES[device.type], QUICK[device.type]
     options = parse_options("Time the head beside its peers and write a JSON.", f"the first {quick} passes only")
-    run("lm_head", device, jobs(works[: quick if options.quick else None], device), options.out, options.limit_seconds)
+    run("lm_head", device, jobs(works[: quick if options.quick else None], device), options.out, options.seconds)
 
 
 if __name__ == "__main__":
