@@ -28,7 +28,7 @@ TESTS = (
     "kernels/test_tune.py",
 )  # those that take a GPU where there is one
 KERNELS, DTYPES = ("attention", "rules", "head"), ("bfloat16", "float32")
-PARTS = (*map("-".join, product(KERNELS, DTYPES)), "hopper-bfloat16")  # of every_kernel.py
+PARTS = (*map("-".join, product(KERNELS, DTYPES)), "hopper-bfloat16")  # of lab/every_kernel.py
 SANITIZER = "compute-sanitizer"
 SANITIZER_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
