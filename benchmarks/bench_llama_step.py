@@ -1,38 +1,43 @@
 """A whole training step of Llamas of 135M, 1B and 7B parameters, optimizer included, beside the step-by-step path.
 
-    python benchmarks/bench_llama_step.py [--quick] [--limit-seconds S] [--out FOLDER]
+    python benchmarks/bench_llama_step.py [--quick] [--seconds S] [--out FOLDER]
 
 Random weights; N tokens of text, two rationales of 8 sampled tokens scored on 4; on a GPU bfloat16 autocast over
 float32 weights. ``ours_graph`` replays thinking from a CUDA graph. Prints a table while it goes and writes
 ``llama_step-<device>.json``: milliseconds, text tokens a second, useful TFLOP/s, peak memory beyond weights and
-optimizer, and the milliseconds of each phase in a step of its own. On a CPU it takes one tiny shape.
+optimizer, and the milliseconds of each phase in a step of its own, under the profiler: wall time on a CPU, that of the
+kernels on a GPU. On a CPU it takes one tiny shape.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
-from unittest import mock
 
 import torch
-from bench_training_step import check_agreement, useful_flops
-from device_limits import Limits
-from masked_path import masked_objective
-from results_file import Job, Peer, measure_peers, parse_options, run, this_device
 from torch import Tensor
+from torch.profiler import record_function
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.optimization import Adafactor
 
-from qstar import losses
-from qstar.model import LanguageHead, QuietStarConfig, attach
+from bench_training_step import check_agreement, useful_flops
+from lab.device_limits import Limits
+from lab.ranges import seconds_by_range
+from lab.results_file import Job, Peer, measure_peers, parse_options, run, this_device
+from masked_path import masked_objective
+from qstar.losses import Objective
+from qstar.model import QuietStarConfig, attach
 
 THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES = 8, 4, 2
 ATTENTION = {"ours": "qstar", "ours_graph": "qstar", "step_by_step": "sdpa"}
-PHASES = ("think", "packed forward", "head", "backward", "optimizer")  # the head's: of the loss; thinking has its own
+PHASES = {  # and the ranges that a step opens for them
+    "think": "qstar::think",
+    "talk": "qstar::talk",
+    "learn": "qstar::learn",
+    "backward": "step::backward",
+    "optimizer": "step::optimizer",
+}
 
 
 class Shape(NamedTuple):
@@ -119,7 +124,7 @@ class Step:
     def loss(self, path: str) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
             if path in ("ours", "ours_graph"):
-                return losses.Objective(cuda_graph=path == "ours_graph")(self.model, self.tokens).loss
+                return Objective(cuda_graph=path == "ours_graph")(self.model, self.tokens).loss
             return masked_objective(self.model, self.tokens)
 
     def prepare(self, path: str) -> Callable[[], Tensor]:
@@ -128,66 +133,21 @@ class Step:
                 self.model.set_attn_implementation(ATTENTION[path])
             self.optimizer.zero_grad(set_to_none=True)  # one that ran out of memory may have left some
             loss = self.loss(path)
-            loss.backward()
-            self.optimizer.step()
+            with record_function(PHASES["backward"]):
+                loss.backward()
+            with record_function(PHASES["optimizer"]):
+                self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             return loss.detach()
 
         return call
 
     def phases(self) -> dict[str, float]:
-        """Milliseconds of the phases of one of our steps; ``think`` contains the head's draws."""
-        self.prepare("ours")()
-        clock = PhaseClock(self.device)
-        with clock.watching():
-            loss = self.loss("ours")
-            clock.timed("backward", loss.backward)()
-            clock.timed("optimizer", self.optimizer.step)()
-        self.optimizer.zero_grad(set_to_none=True)
-        return clock.milliseconds()
-
-
-class PhaseClock:
-    """Milliseconds spent in functions, by the device's own clock."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.spans = defaultdict(list)
-
-    def mark(self) -> float | torch.cuda.Event:
-        if self.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def timed(self, name: str, function: Callable) -> Callable:
-        def wrapped(*args, **kwargs):
-            start = self.mark()
-            result = function(*args, **kwargs)
-            self.spans[name].append((start, self.mark()))
-            return result
-
-        return wrapped
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        places = {
-            "think": (losses, "think"),
-            "packed forward": (losses, "read_grid"),
-            "head": (LanguageHead, "log_prob_sum"),
-        }
-        with contextlib.ExitStack() as stack:
-            for name, (owner, attribute) in places.items():
-                timed = self.timed(name, getattr(owner, attribute))
-                stack.enter_context(mock.patch.object(owner, attribute, timed))
-            yield
-
-    def milliseconds(self) -> dict[str, float]:
-        if self.device.type == "cpu":
-            return {name: 1e3 * sum(end - start for start, end in self.spans[name]) for name in PHASES}
-        torch.cuda.synchronize(self.device)
-        return {name: sum(start.elapsed_time(end) for start, end in self.spans[name]) for name in PHASES}
+        """Milliseconds of the phases of one of our steps, by the clock of :func:`lab.ranges.seconds_by_range`."""
+        step = self.prepare("ours")
+        step()
+        found = seconds_by_range(step, PHASES.values(), self.device)
+        return {phase: 1e3 * found[name] for phase, name in PHASES.items()}
 
 
 def check_loss(peer: Peer, loss: Tensor) -> float:
@@ -221,6 +181,7 @@ def measure(case: Case, limits: Limits, device: torch.device) -> dict:
         "bound_ms": bound_ms,
         "contenders": records,
         "absent": absent,
+        "phases_clock": "wall time" if device.type == "cpu" else "time of the kernels",
         "phases_ms": step.phases(),
     }
 
@@ -230,7 +191,8 @@ def headline(record: dict) -> str:
     speed = record["contenders"]["ours"]["text_tokens_per_s"]
     return (
         f"{record['model']}: N {record['positions']}, B {record['batch']}, {record['optimizer']}"
-        f"{', checkpointing' * record['checkpointing']}; {speed:.4g} text tokens/s; ms: {phases}"
+        f"{', checkpointing' * record['checkpointing']}; {speed:.4g} text tokens/s; "
+        f"ms, {record['phases_clock']}: {phases}"
     )
 
 
@@ -245,7 +207,7 @@ def main() -> None:
     check_agreement()
     device = this_device()
     cases = CASES[device.type][: QUICK if options.quick else None]
-    run("llama_step", device, jobs(cases, device), options.out, options.limit_seconds)
+    run("llama_step", device, jobs(cases, device), options.out, options.seconds)
 
 
 if __name__ == "__main__":

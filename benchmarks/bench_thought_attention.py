@@ -1,6 +1,6 @@
 """Thought attention against every other way to compute it, and against what the device can do.
 
-    python benchmarks/bench_thought_attention.py [--quick] [--limit-seconds S] [--out FOLDER]
+    python benchmarks/bench_thought_attention.py [--quick] [--seconds S] [--out FOLDER]
 
 prints a table while it goes and writes ``thought_attention-<device>.json``; under pytest a part of it is measured.
 Every contender is checked before it is timed, and all are timed in turn; one that cannot run is absent, with the
@@ -15,11 +15,11 @@ from functools import cache, partial
 
 import pytest
 import torch
-from attention_cases import Grid, Work
-from attention_peers import packed_peers, step_peers
-from device_limits import Limits
-from paired import Call
-from results_file import (
+from torch import Tensor
+
+from lab.device_limits import Limits
+from lab.paired import Call
+from lab.results_file import (
     DTYPE,
     Job,
     Peer,
@@ -31,8 +31,8 @@ from results_file import (
     run,
     this_device,
 )
-from torch import Tensor
-
+from peers.attention import packed_peers, step_peers
+from peers.attention_cases import Grid, Work
 from qstar_kernels import thought_attention, thought_attention_step
 from qstar_kernels.testing import AttentionCase
 
@@ -195,7 +195,7 @@ def main() -> None:
     )
     device = this_device()
     cases = (CPU_CASES if device.type == "cpu" else GPU_CASES)[: QUICK if options.quick else None]
-    run("thought_attention", device, jobs(cases, device), options.out, options.limit_seconds)
+    run("thought_attention", device, jobs(cases, device), options.out, options.seconds)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from time import perf_counter
 
 import pytest
 import torch
-from masked_path import masked_objective
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from masked_path import masked_objective
 from qstar.cpu import keep_freed_memory
 from qstar.losses import Objective
 from qstar.model import QuietStarConfig, attach

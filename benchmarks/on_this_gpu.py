@@ -1,10 +1,11 @@
 """Everything that a new GPU is asked, in one command: is it right, how fast is it, what should its tiles be.
 
-    python benchmarks/on_this_gpu.py [--stages NAME ...] [--limit-seconds S] [--out FOLDER]
+    python benchmarks/on_this_gpu.py [--stages NAME ...] [--seconds S] [--out FOLDER]
 
 Stages run one after the other, each in processes of its own and with a share of the time that is left; one that fails
-or is killed for time does not stop the others. The most telling come first. ``summary.json`` is written after every
-stage: what ran, how it ended, and every figure beside its goal. All that the processes print is in ``log.txt``.
+or is killed for time does not stop the others. The most telling come first, and what does not fit is not started.
+``summary.json`` is written after every stage: what ran, how it ended, and every figure beside its goal. All that the
+processes print is in ``log.txt``. Another run into the same folder adds its stages.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from goals import THINKING, Row, embedded_rows, rows_of
-from gpu_stages import HERE, ROOT, STAGES, Command, Room, Stage, Unavailable, python, read_results
+from lab.goals import THINKING, Row, embedded_rows, rows_of
+from lab.gpu_stages import BENCHMARKS, ROOT, STAGES, Command, Room, Stage, Unavailable, python, read_results
 
-LIMIT_SECONDS = 540
+SECONDS = 3600  # several times what all stages need to tell something
 LINE = 120  # characters of what a stage found
 LOG_BYTES = 2**19  # of one process, half from its beginning and half from its end
 
@@ -49,7 +50,7 @@ def budget(stage: Stage, others: Iterable[Stage], left: float) -> float:
 
 def environment() -> dict[str, str]:
     """This checkout comes first, whatever is installed; a sanitizer sees every allocation by itself."""
-    paths = [ROOT, ROOT / "kernels", HERE, os.environ.get("PYTHONPATH")]
+    paths = [ROOT, ROOT / "kernels", BENCHMARKS, os.environ.get("PYTHONPATH")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path)}
 
 
@@ -209,7 +210,7 @@ def describe_gpu() -> dict[str, Any]:
     """Asked in another process, so that this one takes no memory of the device; SystemExit where there is none."""
     code = (
         "import json, torch\n"
-        "from device_limits import describe, versions\n"
+        "from lab.device_limits import describe, versions\n"
         "there = torch.cuda.is_available()\n"
         "print(json.dumps({'device': describe(torch.device('cuda')), 'versions': versions()} if there else None))"
     )
@@ -222,26 +223,26 @@ def describe_gpu() -> dict[str, Any]:
     return found
 
 
-def run_stages(stages: dict[str, Stage], gpu: dict[str, Any], out: Path, limit_seconds: float) -> dict[str, Any]:
+def run_stages(stages: dict[str, Stage], gpu: dict[str, Any], out: Path, seconds: float) -> dict[str, Any]:
     """Run those that fit in turn; returns the summary, which lies in ``out`` as well."""
-    until = time.monotonic() + limit_seconds
+    until = time.monotonic() + seconds
     out.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    fitting = those_that_fit(stages, limit_seconds)
+    fitting = those_that_fit(stages, seconds)
     left_out = [name for name in stages if name not in fitting]
     summary = {
         **gpu,
         "date": now,
-        "limit_seconds": limit_seconds,
+        "seconds": seconds,
         "stages": earlier_stages(out, gpu, besides=stages),
-        "not_started": {name: f"for another call: it takes {stages[name].seconds:g} s" for name in left_out},
+        "not_started": {name: f"{stages[name].seconds:g} s are its least, which were not left" for name in left_out},
         "figures": [],
     }
     for number, name in enumerate(fitting):
         later = [stages[other] for other in fitting[number + 1 :]]
-        seconds = budget(stages[name], later, until - time.monotonic())
-        print(f"{name}: {seconds:.0f} s at most", flush=True)
-        record = run_stage(name, stages[name], out, seconds)
+        share = budget(stages[name], later, until - time.monotonic())
+        print(f"{name}: {share:.0f} s at most", flush=True)
+        record = run_stage(name, stages[name], out, share)
         summary["stages"][name] = record
         summary["figures"] = [row._asdict() for row in figures_of(summary["stages"], out)]
         write_summary(out, summary)
@@ -250,14 +251,26 @@ def run_stages(stages: dict[str, Stage], gpu: dict[str, Any], out: Path, limit_s
     return summary
 
 
+def stage_lines(stages: dict[str, Stage]) -> str:
+    """What each stage does, for the help."""
+    return columns([(f"  {name}", f"{stage.seconds:g}", stage.what) for name, stage in stages.items()])
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which, in this order")
-    parser.add_argument("--limit-seconds", type=float, default=LIMIT_SECONDS, help="for all of them (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        epilog=f"stages, and the least seconds of each:\n{stage_lines(STAGES)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="NAME", help="which, in this order (all)"
+    )
+    seconds = ("--seconds", "--limit-seconds")
+    parser.add_argument(*seconds, type=float, default=SECONDS, help="for all stages together (%(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "on_this_gpu", help="folder (%(default)s)")
     options = parser.parse_args()
     stages = {name: STAGES[name] for name in options.stages}
-    summary = run_stages(stages, describe_gpu(), options.out.resolve(), options.limit_seconds)
+    summary = run_stages(stages, describe_gpu(), options.out.resolve(), options.seconds)
     print(f"\n{tables(summary)}\n\n{options.out}")
     records = [record for name, record in summary["stages"].items() if name in stages]
     return 0 if all(record["ended"] in ("well", "unavailable") for record in records) else 1

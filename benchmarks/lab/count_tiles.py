@@ -1,6 +1,6 @@
 """How many query-key pairs the attention kernels multiply for each that counts, by walking their tiles; no GPU needed.
 
-    python benchmarks/count_tiles.py [--architecture sm_90] [--hopper]
+    python -m lab.count_tiles [--architecture sm_90] [--hopper]
 
 A tile of rows meets whole tiles of keys: at the diagonal of the text, and among the own keys, where each position sees
 its own few, some of that is masked away. No kernel with these tiles can be nearer to the matrix rate than the inverse.
@@ -12,9 +12,9 @@ import argparse
 from math import ceil
 
 import torch
-from attention_cases import Work
-from bench_thought_attention import GPU_CASES
 
+from bench_thought_attention import GPU_CASES
+from peers.attention_cases import Work
 from qstar_kernels.launch import TARGETS, Tile
 from qstar_kernels.testing import AttentionCase
 from qstar_kernels.thought_attention.hopper.launches import TILES

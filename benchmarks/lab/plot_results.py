@@ -1,6 +1,6 @@
 """Draw what the benchmarks measured, a figure for each results file.
 
-python benchmarks/plot_results.py benchmarks/results/*.json [--format png] [--out FOLDER]
+python -m lab.plot_results results [--format png] [--out FOLDER]
 
 - thought_attention: time against N, every contender a line, and the bound;
 - lm_head: time, its ratio to the bare products, and the memory that a call takes beyond its inputs and results;
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 
-from plot_style import Rows, Style, add_legend, contenders_of, head_line, logarithmic, plainly, styles_of
+from lab.plot_style import Rows, Style, add_legend, contenders_of, head_line, logarithmic, plainly, styles_of
 
 PHASE_COLOURS = ("#0072b2", "#56b4e9", "#e69f00", "#d55e00", "#999999", "#009e73")
 DARK = {"#0072b2", "#d55e00"}  # on which writing is white

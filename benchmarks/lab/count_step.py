@@ -1,11 +1,12 @@
 """What a training step of a Llama has to do on a GPU, counted on a CPU: products of matrices, and bytes of all else.
 
-    python benchmarks/count_step.py [--matrix-tflops 788] [--bandwidth-gbs 4300]
+    python -m lab.count_step [--matrix-tflops RATE --bandwidth-gbs RATE]
 
 Products are those of bench_llama_step.py. The other operations of a layer (norms, rotary embeddings, activations, sums,
 casts of autocast) are bound by memory: their inputs and outputs are added up while the layer runs once on short texts.
 What the weights cost and what each token costs are told apart by two lengths, layers from the rest of the model by two
-depths. Attention's own bytes, the head's and the optimizer's are not among them.
+depths. Attention's own bytes, the head's and the optimizer's are not among them. From the rates of a card it tells the
+milliseconds that both must take there.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from bench_llama_step import AHEAD_TOKENS, CASES, RATIONALES, SHAPES, THOUGHT_TOKENS, Case, Shape, make_model
-from bench_training_step import useful_flops
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench_llama_step import AHEAD_TOKENS, CASES, RATIONALES, SHAPES, THOUGHT_TOKENS, Case, Shape, make_model
+from bench_training_step import useful_flops
 from qstar.grid import Text
 from qstar.thoughts import read_grid, think
 
@@ -108,12 +109,13 @@ def gigabytes(case: Case, costs: dict[str, Cost]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--matrix-tflops", type=float, default=788, help="of a large matrix product")
-    parser.add_argument("--bandwidth-gbs", type=float, default=4300, help="of a large copy")
+    parser.add_argument("--matrix-tflops", type=float, help="of a large matrix product: adds a column of milliseconds")
+    parser.add_argument("--bandwidth-gbs", type=float, help="of a large copy: the same")
     options = parser.parse_args()
     costs = {}
-    print("| model, N, B | products, TFLOP | ms | think, GB | packed forward, GB | backward, GB | ms |")
-    print("|---|---|---|---|---|---|---|")
+    header = ["model, N, B", "products, TFLOP", *(f"{phase}, GB" for phase in PHASES)]
+    header += ["products, ms"] * bool(options.matrix_tflops) + ["all else, ms"] * bool(options.bandwidth_gbs)
+    print(f"| {' | '.join(header)} |", "|---" * len(header) + "|", sep="\n")
     for case in CASES["cuda"]:
         shape = SHAPES[case.shape]
         key = shape.width, shape.intermediate, shape.heads, shape.kv_heads
@@ -122,13 +124,13 @@ def main() -> None:
         model = make_model(shape, case.positions, torch.device("meta"))
         products = case.batch * useful_flops(model, case.positions) / 1e12
         moved = gigabytes(case, costs[key])
-        print(
-            f"| {case.shape}, {case.positions}, {case.batch} | {products:.0f} "
-            f"| {1e3 * products / options.matrix_tflops:.0f} | "
-            + " | ".join(f"{moved[phase]:.0f}" for phase in PHASES)
-            + f" | {1e3 * sum(moved.values()) / options.bandwidth_gbs:.0f} |",
-            flush=True,
-        )
+        figures = [products, *(moved[phase] for phase in PHASES)]
+        if options.matrix_tflops:
+            figures.append(1e3 * products / options.matrix_tflops)
+        if options.bandwidth_gbs:
+            figures.append(1e3 * sum(moved.values()) / options.bandwidth_gbs)
+        cells = [f"{case.shape}, {case.positions}, {case.batch}", *(f"{figure:.0f}" for figure in figures)]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

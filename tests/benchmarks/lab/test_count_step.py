@@ -1,16 +1,14 @@
-"""The bytes of a training step add up as benchmarks/count_step.py says: so much a layer, and so much a token of it."""
-
-from importlib import import_module
+"""The bytes of a training step add up as lab/count_step.py says: so much a layer, and so much a token of it."""
 
 import pytest
 import torch
 
-count_step = import_module("count_step")
+from lab import count_step
 
 TINY = count_step.SHAPES["tiny"]
 
 
-def test_bytes_are_those_of_inputs_and_results_without_products_and_views():
+def test_bytes_moved_are_inputs_and_results_without_products_and_views():
     x = torch.zeros(3, 4)
     with count_step.BytesMoved() as moved:
         y = (x + 1).T @ x
@@ -18,6 +16,7 @@ def test_bytes_are_those_of_inputs_and_results_without_products_and_views():
     assert moved.total == 4 * (12 + 12) + 4 * (16 + 16)
 
 
+@pytest.mark.slow
 def test_other_lengths_and_depths_cost_what_the_counted_ones_say():
     costs = count_step.layer_costs(TINY)
     counted = {layers: count_step.bytes_by_phase(TINY, layers, 48) for layers in (1, 4)}

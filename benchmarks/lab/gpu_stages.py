@@ -13,8 +13,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+BENCHMARKS = Path(__file__).resolve().parents[1]
+ROOT = BENCHMARKS.parent
 MOST_WORKERS = 12  # processes that share the tests, since compiling takes most of their time
 SETTLING = 30  # seconds before a stage is killed from which a benchmark starts nothing new
 TESTS = (
@@ -23,11 +23,12 @@ TESTS = (
     "kernels/test_triton_attention.py",
     "kernels/test_triton_lm_head.py",
     "kernels/test_lm_head_product_dtype.py",
-    "benchmarks/test_epilogue_sampling.py",
+    "benchmarks/peers/test_epilogue_sampling.py",
+    "benchmarks/lab/test_ranges.py",
     "kernels/test_tune.py",
 )  # those that take a GPU where there is one
 KERNELS, DTYPES = ("attention", "rules", "head"), ("bfloat16", "float32")
-PARTS = (*map("-".join, product(KERNELS, DTYPES)), "hopper-bfloat16")  # of every_kernel.py
+PARTS = (*map("-".join, product(KERNELS, DTYPES)), "hopper-bfloat16")  # of lab/every_kernel.py
 SANITIZER = "compute-sanitizer"
 SANITIZER_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
@@ -56,11 +57,13 @@ class Stage(NamedTuple):
     """What is run at once, and what is found.
 
     Attributes:
+        what: it does, in a line.
         seconds: what it takes to tell something. It is not started with less, and its share of the time is as large.
         commands: all run side by side; raises :class:`Unavailable` with the reason.
         read: what they found, also after a failure; gets their logs.
     """
 
+    what: str
     seconds: float
     commands: Callable[[Room], list[Command]]
     read: Callable[[Room, list[str]], dict[str, Any]]
@@ -73,7 +76,7 @@ def python(*arguments: str | Path) -> Command:
 def check_commands(room: Room) -> list[Command]:
     files = [ROOT / "tests" / name for name in TESTS]
     workers = max(1, min(MOST_WORKERS, 3 * (os.cpu_count() or 1) // 4))
-    shared = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_record", *files)
+    shared = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "lab.gpu_record", *files)
     return [
         python(*shared, "--record", room.scratch / f"tests-{worker}.json", "--share", f"{worker}/{workers}")
         for worker in range(workers)
@@ -100,7 +103,7 @@ def read_results(out: Path) -> dict[str, dict]:
 
 
 def bench(script: str) -> Callable[[Room], list[Command]]:
-    return lambda room: [python(HERE / script, "--out", room.out, "--limit-seconds", room.limit)]
+    return lambda room: [python(BENCHMARKS / script, "--out", room.out, "--seconds", room.limit)]
 
 
 def read_cases(benchmark: str) -> Callable[[Room, list[str]], dict[str, Any]]:
@@ -131,7 +134,7 @@ def sanitizer() -> str:
 
 def sanitizer_commands(room: Room) -> list[Command]:
     watch = (sanitizer(), "--error-exitcode", "9", "--tool")
-    watched = [python(HERE / "every_kernel.py", part) for part in PARTS]
+    watched = [python("-m", "lab.every_kernel", part) for part in PARTS]
     return [(*watch, tool, *command) for tool in ("memcheck", "racecheck") for command in watched]
 
 
@@ -160,13 +163,53 @@ def read_tuning(_: Room, logs: list[str]) -> dict[str, Any]:
     return {"kernels": chosen}
 
 
-STAGES: dict[str, Stage] = {
-    "tests": Stage(100, check_commands, read_checks),
-    "attention": Stage(150, bench("bench_thought_attention.py"), read_cases("thought_attention")),
-    "head": Stage(110, bench("bench_lm_head.py"), read_cases("lm_head")),
-    "step": Stage(110, bench("bench_llama_step.py"), read_cases("llama_step")),
-    "train": Stage(150, train_commands, read_training),
-    "sanitizer": Stage(60, sanitizer_commands, read_sanitizer),
-    "tune_attention": Stage(200, tune_commands("thought_attention", "--widths", "128", "64"), read_tuning),
-    "tune_head": Stage(120, tune_commands("lm_head"), read_tuning),
+STAGES: dict[str, Stage] = {  # the most telling first
+    "tests": Stage(
+        "the tests that take a GPU, shared by several processes; counts those that ran on it",
+        100,
+        check_commands,
+        read_checks,
+    ),
+    "attention": Stage(
+        "bench_thought_attention.py: thought attention beside its peers",
+        150,
+        bench("bench_thought_attention.py"),
+        read_cases("thought_attention"),
+    ),
+    "head": Stage(
+        "bench_lm_head.py: the head beside its peers and its bare products",
+        110,
+        bench("bench_lm_head.py"),
+        read_cases("lm_head"),
+    ),
+    "step": Stage(
+        "bench_llama_step.py: training steps of Llamas, by phase, beside the masked path",
+        110,
+        bench("bench_llama_step.py"),
+        read_cases("llama_step"),
+    ),
+    "train": Stage(
+        "qstar train, the embedded default, beside the spread of seeds on a CPU",
+        150,
+        train_commands,
+        read_training,
+    ),
+    "sanitizer": Stage(
+        "every kernel under compute-sanitizer's memcheck and racecheck, where it is installed",
+        60,
+        sanitizer_commands,
+        read_sanitizer,
+    ),
+    "tune_attention": Stage(
+        "qstar_kernels' tuning of attention in bfloat16; writes the table of tiles that it proposes",
+        200,
+        tune_commands("thought_attention", "--widths", "128", "64"),
+        read_tuning,
+    ),
+    "tune_head": Stage(
+        "the same for the head",
+        120,
+        tune_commands("lm_head"),
+        read_tuning,
+    ),
 }

@@ -15,9 +15,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from device_limits import Limits
 from torch import Tensor
 
+from lab.device_limits import Limits
 from qstar_kernels import reference
 from qstar_kernels.testing import relative_error
 

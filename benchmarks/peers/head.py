@@ -11,12 +11,12 @@ from functools import partial
 from importlib import import_module
 
 import torch
-from head_cases import Head, Likelihood, Mixing, Sampling
-from paired import Call
-from results_file import Peer, Unsupported, need_gpu
 from torch import Tensor
 from torch.nn import functional as F
 
+from lab.paired import Call
+from lab.results_file import Peer, Unsupported, need_gpu
+from peers.head_cases import Head, Likelihood, Mixing, Sampling
 from qstar_kernels import linear_log_prob, linear_log_prob_sum, mix_hidden, sample_linear
 
 
@@ -109,7 +109,7 @@ def prepare_sample(x: Sampling) -> Call:
 
 def prepare_epilogue(x: Sampling) -> Call:
     need_gpu(x.hidden)
-    from epilogue_sampling import sample_in_epilogue
+    from peers.epilogue_sampling import sample_in_epilogue
 
     return lambda: sample_in_epilogue(x.hidden, x.weight, seed=0)
 

@@ -18,11 +18,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from results_file import Peer, Unsupported, need_gpu
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lab.results_file import Peer, Unsupported, need_gpu
 from qstar_kernels.reference import thought_visibility
 
 aten = torch.ops.aten

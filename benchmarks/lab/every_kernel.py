@@ -1,6 +1,6 @@
 """Every Triton kernel of the package a few times on small, odd shapes: a program for compute-sanitizer to watch.
 
-    compute-sanitizer --tool memcheck python benchmarks/every_kernel.py [PART ...]
+    compute-sanitizer --tool memcheck python -m lab.every_kernel [PART ...]
 
 A part is an op in a dtype: processes can share the compiling, which takes most of the time. Nothing is compared: the
 tests do that. Every allocation is the driver's own, so that the sanitizer knows its bounds.
@@ -17,9 +17,9 @@ from functools import partial
 from unittest import mock
 
 import torch
-from epilogue_sampling import sample_in_epilogue
 from torch import Tensor
 
+from peers.epilogue_sampling import sample_in_epilogue
 from qstar_kernels import (
     linear_log_prob,
     linear_log_prob_sum,
@@ -115,7 +115,7 @@ def main() -> None:
     if not set(names) <= set(PARTS):
         parser.error(f"parts are {', '.join(names)}, but they must be of {', '.join(PARTS)}")
     if not torch.cuda.is_available():
-        raise SystemExit("every_kernel.py needs a CUDA device: torch.cuda.is_available() is False")
+        raise SystemExit("every_kernel needs a CUDA device: torch.cuda.is_available() is False")
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch reads it with its first allocation
     with counted() as counts:
         for name in names:

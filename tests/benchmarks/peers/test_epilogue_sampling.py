@@ -9,7 +9,7 @@ from qstar_kernels import sample_linear
 from qstar_kernels.testing import assert_close
 
 pytest.importorskip("triton")
-epilogue_sampling = import_module("epilogue_sampling")
+epilogue_sampling = import_module("peers.epilogue_sampling")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -30,7 +30,7 @@ def head(rows, vocabulary, width, dtype=torch.float32, scale=1.0):
         (5, 1101, 64, {"seed": 2**64 - 1, "row_offset": 2**40}),
     ],
 )
-def test_draws_are_those_of_sample_linear(rows, vocabulary, width, options):
+def test_sampling_in_the_product_draws_what_sample_linear_draws(rows, vocabulary, width, options):
     hidden, weight = head(rows, vocabulary, width, scale=2.0)
     tokens, log_prob = epilogue_sampling.sample_in_epilogue(hidden, weight, **options)
     wanted, wanted_log_prob = sample_linear(hidden, weight, backend="reference", **options)
@@ -41,7 +41,7 @@ def test_draws_are_those_of_sample_linear(rows, vocabulary, width, options):
     assert_close(log_prob, exact)
 
 
-def test_rows_that_draw_the_same_tile():
+def test_sampling_in_the_product_where_rows_draw_the_same_tile():
     hidden, weight = head(200, 600, 16)
     weight[5], weight[500] = 0.0, 0.0
     weight[5, 0], weight[500, 0] = 20.0, 20.0
@@ -52,7 +52,7 @@ def test_rows_that_draw_the_same_tile():
     torch.testing.assert_close(log_prob, wanted_log_prob, rtol=1e-5, atol=1e-5)
 
 
-def test_16_bit_rows():
+def test_sampling_in_the_product_of_16_bit_rows():
     hidden, weight = head(20, 300, 24, torch.bfloat16)
     tokens, log_prob = epilogue_sampling.sample_in_epilogue(hidden, weight, seed=3)
     wanted, wanted_log_prob = sample_linear(hidden, weight, seed=3)
@@ -60,7 +60,7 @@ def test_16_bit_rows():
     torch.testing.assert_close(log_prob, wanted_log_prob, rtol=1e-5, atol=1e-5)
 
 
-def test_strided_tensors_are_refused():
+def test_sampling_in_the_product_refuses_strided_tensors():
     hidden, weight = head(4, 8, 6)
     with pytest.raises(ValueError, match=r"hidden has strides \(12, 2\)"):
         epilogue_sampling.sample_in_epilogue(torch.cat([hidden, hidden], 1)[:, ::2], weight, seed=0)

@@ -9,6 +9,7 @@ import argparse
 import datetime
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from device_limits import Limits, describe, device_name, measure_limits, slug, versions
-from paired import Call, Time, TurnFailed, clock_of, median_ratio, rehearse, take_turns
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+from lab.device_limits import Limits, describe, device_name, measure_limits, slug, versions
+from lab.paired import Call, Time, TurnFailed, clock_of, median_ratio, rehearse, take_turns
+
+RESULTS = Path(__file__).parents[1] / "results"
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ROUNDS = {"fewest": 3, "most": 20, "seconds": 2.0}
 
@@ -220,7 +222,7 @@ def write(path: Path, results: dict) -> None:
     part.replace(path)
 
 
-def run(benchmark: str, device: torch.device, jobs: Iterable[Job], folder: Path, limit_seconds: float) -> None:
+def run(benchmark: str, device: torch.device, jobs: Iterable[Job], folder: Path, seconds: float) -> None:
     began = time.monotonic()
     path = folder / f"{benchmark}-{slug(device_name(device))}.json"
     dtype = DTYPE[device.type]
@@ -243,7 +245,7 @@ def run(benchmark: str, device: torch.device, jobs: Iterable[Job], folder: Path,
         "{matrix_tflop_per_s:.3g} TFLOP/s in {dtype}, {copy_gb_per_s:.4g} GB/s".format(**results["limits"]), flush=True
     )
     for job in jobs:
-        if time.monotonic() - began > limit_seconds:
+        if time.monotonic() - began > seconds:
             results["not_run"].append({"case": job.label, "why": "the time was up"})
             continue
         try:
@@ -263,6 +265,7 @@ def run(benchmark: str, device: torch.device, jobs: Iterable[Job], folder: Path,
 def parse_options(description: str, quick: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="start no case after this time")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
+    seconds = ("--seconds", "--limit-seconds")
+    parser.add_argument(*seconds, type=float, default=math.inf, help="start no case after this time (no limit)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON (%(default)s)")
     return parser.parse_args()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-plot_style = import_module("plot_style")
-plot_results = import_module("plot_results")
+from lab import plot_results, plot_style
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 def measured(benchmark: str) -> dict:
@@ -29,7 +29,7 @@ def steps() -> dict:
     return measured("lm_head") | {"benchmark": "llama_step", "cases": [case, other]}
 
 
-def test_contenders_that_nobody_knows_have_a_look_of_their_own():
+def test_styles_of_unknown_contenders_differ():
     styles = plot_style.styles_of(["a_new", "flex", "ours", "b_new", "a_new", *(f"c{number}" for number in range(9))])
     assert list(styles)[:4] == ["ours", "flex", "a_new", "b_new"] and len(styles) == 13
     assert styles["a_new"].label == "a new"
@@ -37,7 +37,7 @@ def test_contenders_that_nobody_knows_have_a_look_of_their_own():
     assert len(set(looks)) == len(looks)
 
 
-def test_contenders_of_one_figure_look_different():
+def test_styles_of_the_committed_results_differ():
     for benchmark in ("thought_attention", "lm_head"):
         cases = measured(benchmark)["cases"]
         names = {name for case in cases for name in (*case["contenders"], *case["absent"])}
@@ -60,11 +60,11 @@ def test_points_of_a_row_do_not_hide_each_other():
 
 
 @pytest.mark.parametrize("number, text", [(0.12345, "0.123"), (12.345, "12.3"), (123.4, "123"), (12345.6, "12346")])
-def test_numbers_are_written_plainly(number, text):
+def test_plainly_writes_three_digits_or_those_before_the_point(number, text):
     assert plot_style.plainly(number) == text
 
 
-def test_of_a_folder_the_results_are_taken_and_a_wrong_file_is_refused(tmp_path):
+def test_read_all_takes_the_results_of_a_folder_and_refuses_another_file(tmp_path):
     for name, content in (("a", steps()), ("summary", {"stages": {}}), ("tiles-lm_head", {"sm_90": {}})):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     assert list(plot_results.read_all([tmp_path])) == [tmp_path / "a.json"]
@@ -90,7 +90,7 @@ def lines(axes) -> dict[str, list[float]]:
     return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
 
 
-def test_attention_against_positions(pyplot):
+def test_draw_attention_against_positions(pyplot):
     results = measured("thought_attention")
     cases = [case for case in results["cases"] if case["pass"] == "forward"]
     for case in cases[1:3]:
@@ -103,7 +103,7 @@ def test_attention_against_positions(pyplot):
     assert "brand new" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_the_head_in_three_panels(pyplot):
+def test_draw_the_head_in_three_panels(pyplot):
     results = measured("lm_head")
     results["cases"][0]["contenders"]["brand_new"] = {"ms": 7.0, "times_products": 2.0, "extra_mib": -1.0}
     figure = plot_results.draw_head(pyplot, results)
@@ -119,7 +119,7 @@ def test_the_head_in_three_panels(pyplot):
     assert written == [f"{x:.3g}" for x in ratio]
 
 
-def test_a_training_step_in_its_phases(pyplot):
+def test_draw_a_training_step_in_its_phases(pyplot):
     figure = plot_results.draw_step(pyplot, steps())
     widths = [[round(bar.get_width()) for bar in bars] for bars in figure.axes[0].containers]
     assert widths == [[60, 75], [40, 25]]

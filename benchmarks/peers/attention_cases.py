@@ -11,9 +11,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from device_limits import Limits
 from torch import Tensor
 
+from lab.device_limits import Limits
 from qstar_kernels.reference import masked_attention, thought_visibility
 from qstar_kernels.testing import AttentionCase, relative_error
 

@@ -1,4 +1,4 @@
-"""What the figures of plot_results.py share: how each contender looks, the head line, the legend, rows of points.
+"""What the figures of lab/plot_results.py share: how each contender looks, the head line, the legend, rows of points.
 
 Colours are those of Okabe and Ito, and Tol's for what is not known by name: the colour-blind can tell them apart.
 """

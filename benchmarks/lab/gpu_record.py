@@ -1,6 +1,6 @@
 """A pytest plugin: which tests a GPU took part in, how each ended, and a share of them for each of several processes.
 
-pytest -p gpu_record --record FILE [--share 0/8]
+pytest -p lab.gpu_record --record FILE [--share 0/8]
 
 ``FILE`` is written anew after every test, so that it holds what was found when the run is killed. A test ran on the GPU
 if memory was allocated there while it ran.

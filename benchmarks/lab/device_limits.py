@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from paired import Call, Time, clock_of
+
+from lab.paired import Call, Time, clock_of
 
 RUNS = 10
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
