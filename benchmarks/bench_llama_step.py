@@ -26,8 +26,10 @@ from lab.device_limits import Limits
 from lab.ranges import seconds_by_range
 from lab.results_file import Job, Peer, measure_peers, parse_options, run, this_device
 from masked_path import masked_objective
-from qstar.losses import Objective
-from qstar.model import QuietStarConfig, attach
+from qstar.config import QuietStarConfig
+from qstar.experimental import cuda_graph
+from qstar.learning import Objective
+from qstar.wrapping import attach
 
 THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES = 8, 4, 2
 ATTENTION = {"ours": "qstar", "ours_graph": "qstar", "step_by_step": "sdpa"}
@@ -100,7 +102,8 @@ def make_model(shape: Shape, positions: int, device: torch.device) -> PreTrained
     with device:
         model = LlamaForCausalLM(config)
     start, end = shape.vocabulary - 2, shape.vocabulary - 1
-    attach(model, QuietStarConfig(start, end, THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES))
+    sizes = dict(thought_tokens=THOUGHT_TOKENS, ahead_tokens=AHEAD_TOKENS, rationales=RATIONALES)
+    attach(model, QuietStarConfig(start_token_id=start, end_token_id=end, **sizes))
     with torch.no_grad():
         for vector in (model.qstar_start, model.qstar_end):
             vector.normal_(0, 0.02)
@@ -123,14 +126,15 @@ class Step:
 
     def loss(self, path: str) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
-            if path in ("ours", "ours_graph"):
-                return Objective(cuda_graph=path == "ours_graph")(self.model, self.tokens).loss
-            return masked_objective(self.model, self.tokens)
+            if path == "step_by_step":
+                return masked_objective(self.model, self.tokens)
+            return Objective()(self.model, self.tokens).loss
 
     def prepare(self, path: str) -> Callable[[], Tensor]:
         def call() -> Tensor:
             if self.model.config._attn_implementation != ATTENTION[path]:
                 self.model.set_attn_implementation(ATTENTION[path])
+            (cuda_graph.enable if path == "ours_graph" else cuda_graph.disable)(self.model)
             self.optimizer.zero_grad(set_to_none=True)  # one that ran out of memory may have left some
             loss = self.loss(path)
             with record_function(PHASES["backward"]):

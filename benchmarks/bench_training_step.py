@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from masked_path import masked_objective
+from qstar.config import QuietStarConfig
 from qstar.cpu import keep_freed_memory
-from qstar.losses import Objective
-from qstar.model import QuietStarConfig, attach
+from qstar.learning import Objective
+from qstar.wrapping import attach
 
 LENGTHS = [128, 256]
 THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES = 9, 4, 2
@@ -43,7 +44,8 @@ def make_model(attention: str) -> PreTrainedModel:
         max_position_embeddings=4096,
     )
     model = MistralForCausalLM(config)
-    attach(model, QuietStarConfig(4094, 4095, THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES))
+    sizes = dict(thought_tokens=THOUGHT_TOKENS, ahead_tokens=AHEAD_TOKENS, rationales=RATIONALES)
+    attach(model, QuietStarConfig(start_token_id=4094, end_token_id=4095, **sizes))
     with torch.no_grad():
         model.qstar_start.normal_(0, 0.02)
         model.qstar_end.normal_(0, 0.02)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from qstar.losses import advantages
+from qstar.learning import advantages
 
 
 def visible(positions: int, passes: int, device: torch.device) -> Tensor:

@@ -30,14 +30,24 @@ def check_architecture(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} does not take its attention from transformers' AttentionInterface, where thought attention is"
         )
-    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers):
+    try:
+        layers = DynamicCache(config=config).layers
+    except AttributeError as error:
+        raise ValueError(f"{name} has no layers that transformers' cache knows: {error}") from error
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         raise ValueError(f"{name} has linear-attention or state-space layers: they mix thoughts into the text")
     if getattr(config, "attention_chunk_size", None) or "chunked_attention" in (
         getattr(config, "layer_types", None) or ()
     ):
         raise ValueError(f"{name} has chunked attention layers, which thought attention does not know")
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"{name} has no language-model head")
+    for what, module in (
+        ("input embedding", model.get_input_embeddings()),
+        ("language-model head", model.get_output_embeddings()),
+    ):
+        if module is None:
+            raise ValueError(f"{name} has no {what}")
+        if not isinstance(getattr(module, "weight", None), Tensor):
+            raise ValueError(f"{name} has no single {what}, but a {type(module).__name__}")
 
 
 def disable_dropout(model: PreTrainedModel) -> None:

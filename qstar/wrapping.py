@@ -60,9 +60,13 @@ def wrap(
     if check:
         try:
             check_behaviour(thinking)
-        except ValueError:
+        except Exception as error:  # whatever a model does with a grid that it was not written for
             _detach(thinking, plain_class, plain_attention)
-            raise
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(
+                f"{plain_class.__name__} cannot read a thought grid: {type(error).__name__} in a tiny pass ({error})"
+            ) from error
     if thinking.generation_config is not None:
         suppressed = set(thinking.generation_config.suppress_tokens or ()) | {start, end}
         thinking.generation_config.suppress_tokens = sorted(suppressed)

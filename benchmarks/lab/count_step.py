@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 from bench_llama_step import AHEAD_TOKENS, CASES, RATIONALES, SHAPES, THOUGHT_TOKENS, Case, Shape, make_model
 from bench_training_step import useful_flops
 from qstar.grid import Text
-from qstar.thoughts import read_grid, think
+from qstar.talking import read_grid
+from qstar.thinking import think
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach"}

@@ -293,3 +293,26 @@ def test_tokenizer_of_a_saved_folder(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again.convert_tokens_to_ids("<|startthought|>") == model.qstar.start_token_id
+
+
+@pytest.mark.parametrize("error", [TypeError, IndexError, RuntimeError, KeyError])
+def test_a_model_that_breaks_on_a_thought_grid_is_refused_and_given_back(error):
+    model, tokenizer = tiny.plain_model("llama", vocab_size=40), tiny.tokenizer()
+    tokens = tiny.text(1, 6)
+    before = model(tokens).logits
+    norm = model.model.norm
+    forward = norm.forward
+
+    def fussy(hidden):
+        if hidden.shape[1] == 33:  # the grid of the check
+            raise error("no such mask")
+        return forward(hidden)
+
+    norm.forward = fussy
+    with pytest.raises(
+        ValueError, match=f"LlamaForCausalLM cannot read a thought grid: {error.__name__} in a tiny pass"
+    ) as caught:
+        wrap(model, tokenizer)
+    assert isinstance(caught.value.__cause__, error)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert torch.equal(model(tokens).logits, before)
