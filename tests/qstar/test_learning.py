@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import tiny
 import torch
@@ -47,6 +49,34 @@ def test_packed_equals_one_plain_pass_for_every_thought(family, rationales):
     assert our_gradients.keys() == plain_gradients.keys()
     for name, gradient in plain_gradients.items():
         assert relative(our_gradients[name], gradient) <= tolerance, name
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["clamped", "signed"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "base"])
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["unbounded", "sigmoid"])
+def test_every_baseline_is_that_of_the_specification(baseline, signed, sigmoid):
+    """Exactly: GPT-2 computes in float64."""
+    settings = dict(thought_tokens=2, ahead_tokens=3, rationales=3, sigmoid=sigmoid)
+    model = tiny.thinking_model("gpt2", dtype=torch.float64, **settings)
+    tokens, thoughts = tiny.text(1, 7), tiny.random_thoughts(model, 1, 7)
+    options = dict(policy_weight=1.3, reinforce_temperature=1.5, baseline=baseline, signed=signed)
+    ours = Objective(**options)(model, tokens, thoughts=thoughts)
+    model.set_attn_implementation("eager")
+    plain = reference.objective(model, tokens[0], thoughts[0], **options)
+    for name, value in plain.items():
+        assert relative(getattr(ours, name), value) <= 1e-12, name
+
+
+def test_a_profiler_tells_the_three_steps_apart():
+    model = tiny.thinking_model(thought_tokens=3, ahead_tokens=2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        Objective()(model, tiny.text(1, 6)).loss.backward()
+    ranges = sorted(
+        (event for event in profile.events() if event.name.startswith("qstar::")), key=lambda e: e.time_range.start
+    )
+    assert [event.name for event in ranges] == ["qstar::think", "qstar::talk", "qstar::learn"]
+    for event, next_event in itertools.pairwise(ranges):
+        assert event.time_range.start < event.time_range.end <= next_event.time_range.start
 
 
 def test_every_new_parameter_learns():
