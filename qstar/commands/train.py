@@ -19,9 +19,14 @@ def run(arguments: list[str]) -> None:
         cast(Any, [RunSettings, ThoughtSettings, QuietStarArguments]),
         prog="qstar train",
         usage="qstar train [--model NAME --dataset NAME] [--SETTING VALUE ...]",
-        description="Train a model to think. Without --model and --dataset, runs the embedded default.",
+        description="Train a model to think. Without --model and --dataset, runs the embedded default, with defaults "
+        "of its own.",
     )
+    first = [kind._argument_group_name for kind in (RunSettings, ThoughtSettings)]
+    parser._action_groups.sort(key=lambda group: group.title not in first)  # a hundred settings come after them
     for action in parser._actions:
+        if action.default not in (None, False, argparse.SUPPRESS):
+            action.help = f"{action.help} (default: {action.default})".replace("%", "%%")
         action.default = argparse.SUPPRESS  # what was not typed is left to what is called: each has its own defaults
     given = vars(parser.parse_args(arguments))
     if given.pop("resume", False):

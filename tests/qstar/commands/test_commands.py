@@ -100,7 +100,10 @@ def test_train_help_shows_every_setting_with_its_line(capsys):
         for each in fields(kind):
             assert f"--{each.name}" in shown, each.name
     for each in fields(ThoughtSettings):
-        assert each.metadata["help"] in shown
+        default = f" (default: {each.default})" if each.default else ""
+        assert each.metadata["help"] + default in shown
+    places = [shown.index(f" --{name} ") for name in ("model", "thought_tokens", "output_dir")]
+    assert places == sorted(places), "what is ours stands first"
 
 
 def test_a_wrong_flag_is_named_in_two_lines(capsys):
