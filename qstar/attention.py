@@ -17,6 +17,7 @@ from qstar.drop_in import plain_attention, plain_mask
 from qstar.layouts import Layout, attend, open_layout
 
 NAME = "qstar"
+IRRELEVANT = ("position_ids", "sliding_window")  # what a layout knows itself
 
 
 def qstar_mask(*, local_size: int | None = None, **kwargs: Any) -> Layout | Tensor | None:
@@ -56,7 +57,7 @@ def qstar_attention(
         The output ``[B, S, Hq, Dv]``, and None for the weights.
 
     Raises:
-        ValueError: attention dropout or a position bias on a thought grid.
+        ValueError: on a thought grid attention dropout, or an argument that changes attention and is not known here.
     """
     if isinstance(attention_mask, Layout):
         if dropout:
@@ -64,9 +65,12 @@ def qstar_attention(
                 f"attention dropout is {dropout} in {type(module).__name__}, but thought attention has none: "
                 "set the model's attention dropout to 0"
             )
-        if kwargs.get("position_bias") is not None:
-            raise ValueError(f"{type(module).__name__} passes position_bias, which thought attention does not know")
-        return attend(attention_mask, module, query, key, value, scaling, softcap, s_aux), None
+        if kwargs.pop("is_causal", None) is False:
+            raise ValueError(f"{type(module).__name__} sees what comes after: it passes is_causal = False")
+        for name, argument in kwargs.items():
+            if name not in IRRELEVANT and argument is not None and argument is not False:
+                raise ValueError(f"{type(module).__name__} passes {name}, which thought attention does not know")
+        return attend(attention_mask, query, key, value, scaling, softcap, s_aux), None
     if open_layout() is not None:
         raise ValueError(f"{type(module).__name__} did not pass the thought layout on: it makes a mask of its own")
     return plain_attention(

@@ -1,24 +1,20 @@
 """Keys and values of a text that is read once, and of the thoughts at its last positions.
 
-Thinking, speaking and generating share it: the text is never read twice, and thoughts are dropped without a trace.
+Thinking, speaking and generating share it: the text is never read twice, and thoughts are dropped without a trace. What
+is kept is what each attention of the model was given, in the order of its calls. So it does not matter what a model
+would put into a cache of transformers: compressed keys, keys of several layers, or none.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from einops import rearrange
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
-
-from qstar.autocast import as_computed
 
 AT_HAND = ("cpu",)  # devices whose values the host reads at once; a CPU writes a slice in a fifth of an index's time
 
 
-class ThoughtCache(Cache):
+class ThoughtCache:
     """The cache of a text ``[B, Hkv, N, D]`` and of thoughts ``[B, Hkv, Nq, r, T, D]`` at its last ``Nq`` positions.
 
     The first pass through the model fills the text. After :meth:`begin_step` a pass holds token ``t`` of every
@@ -29,20 +25,20 @@ class ThoughtCache(Cache):
         rationales: r.
         rationale_length: T.
         step: the token of the thoughts that a pass fills, int64 ``[]``; None while text is read.
+        layers: one for each attention of the model, in the order in which a pass calls them.
     """
 
-    layers: list[ThoughtCacheLayer]  # type: ignore[assignment]  # transformers' own are of its base class
-
     def __init__(self, rationales: int, rationale_length: int):
-        super().__init__(layer_class_to_replicate=lambda: ThoughtCacheLayer(self))  # type: ignore[arg-type]
         self.rationales = rationales
         self.rationale_length = rationale_length
         self.step: Tensor | None = None
+        self.layers: list[CachedLayer] = []
+        self._calls = 0
 
     @property
     def text_length(self) -> int:
         """N, the text tokens that have been read."""
-        return self.layers[0].keys.shape[2] if self.layers and self.layers[0].is_initialized else 0
+        return self.layers[0].keys.shape[2] if self.layers else 0
 
     def begin_step(self, step: int | Tensor) -> None:
         """Let the next pass fill token ``step`` of every rationale; the value of a tensor ``[]`` is not checked.
@@ -71,49 +67,77 @@ class ThoughtCache(Cache):
         if self.step is not None:
             raise ValueError("the cache holds thoughts about the text as it was: drop_thoughts() comes before extend()")
 
+    def begin_pass(self) -> None:
+        """A pass begins: its first attention is the first layer's."""
+        self._calls = 0
 
-class ThoughtCacheLayer(DynamicLayer):
-    """One layer's part of a :class:`ThoughtCache`."""
+    def end_pass(self) -> None:
+        """A pass is over.
 
-    keys: Tensor
-    values: Tensor
+        Raises:
+            ValueError: not every layer's attention was called.
+        """
+        if self._calls != len(self.layers):
+            raise ValueError(
+                f"a pass called {self._calls} attentions, but the one that read the text {len(self.layers)}"
+            )
 
-    def __init__(self, cache: ThoughtCache):
-        super().__init__()
-        self.cache = cache
+    def take_in(self, keys: Tensor, values: Tensor) -> CachedLayer:
+        """The layer of the attention that is called next, with its new ``keys`` and ``values`` ``[B, Hkv, S, D]``."""
+        index, self._calls = self._calls, self._calls + 1
+        if index == len(self.layers):
+            if self.step is not None:
+                raise ValueError(f"a pass calls more attentions than the {index} that read the text")
+            self.layers.append(CachedLayer(keys, values))
+            return self.layers[index]
+        layer = self.layers[index]
+        if self.step is None:
+            layer.append_text(keys, values)
+        else:
+            grid = (rearrange(x, "b h (n r) d -> b h n r d", r=self.rationales) for x in (keys, values))
+            layer.fill_thoughts(self.step, self.rationale_length, *grid)
+        return layer
+
+
+class CachedLayer:
+    """What one attention of the model was given.
+
+    Attributes:
+        keys: of the text, ``[B, Hkv, N, D]``.
+        values: of the text, ``[B, Hkv, N, Dv]``.
+        thought_keys: ``[B, Hkv, Nq, r, T, D]``, undefined where no token was read yet; None where there are none.
+        thought_values: ``[B, Hkv, Nq, r, T, Dv]``, likewise.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values = keys, values
         self.thought_keys: Tensor | None = None
         self.thought_values: Tensor | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take in the keys and values of a pass, and return them in the dtype that they are computed in."""
-        key_states, value_states = as_computed(key_states, value_states)
-        if self.cache.step is not None:
-            self._fill_thoughts(self.cache.step, key_states, value_states)
-        elif self.is_initialized:
-            self.keys = torch.cat([self.keys, key_states], dim=2)
-            self.values = torch.cat([self.values, value_states], dim=2)
-        else:
-            self.keys, self.values = key_states, value_states
-            self.is_initialized = True
-        return key_states, value_states
+    def append_text(self, keys: Tensor, values: Tensor) -> None:
+        """Put more text ``[B, Hkv, n, D]`` behind what is there."""
+        self.keys = torch.cat([self.keys, keys], dim=2)
+        self.values = torch.cat([self.values, values], dim=2)
 
-    def thoughts(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the thoughts, ``[B, Hkv, Nq, r, T, D]``; tokens that were not read yet are undefined."""
-        if self.thought_keys is None or self.thought_values is None:
-            raise ValueError("the cache holds no thoughts: begin_step() and a pass come before they are read")
-        return self.thought_keys, self.thought_values
-
-    def _fill_thoughts(self, step: Tensor, key_states: Tensor, value_states: Tensor) -> None:
-        keys, values = (
-            rearrange(x, "b h (n r) d -> b h n r d", r=self.cache.rationales) for x in (key_states, value_states)
-        )
+    def fill_thoughts(self, step: Tensor, length: int, keys: Tensor, values: Tensor) -> None:
+        """Write token ``step`` ``[]`` of thoughts of ``length`` tokens, keys and values ``[B, Hkv, Nq, r, D]``."""
         if self.thought_keys is None or self.thought_values is None:
             self.thought_keys, self.thought_values = (
-                x.new_empty(*x.shape[:4], self.cache.rationale_length, x.shape[4]) for x in (keys, values)
+                x.new_empty(*x.shape[:4], length, x.shape[4]) for x in (keys, values)
             )
         step = step.to(keys.device)  # layers may lie on several devices
         write_token(self.thought_keys, step, keys)
         write_token(self.thought_values, step, values)
+
+    def thoughts(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the thoughts.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.thought_keys is None or self.thought_values is None:
+            raise ValueError("the cache holds no thoughts: begin_step() and a pass come before they are read")
+        return self.thought_keys, self.thought_values
 
 
 def write_token(cache: Tensor, step: Tensor, token: Tensor) -> None:

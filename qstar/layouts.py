@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from qstar.autocast import as_computed
-from qstar.cache import ThoughtCache, ThoughtCacheLayer
+from qstar.cache import ThoughtCache
 from qstar_kernels import thought_attention, thought_attention_step
 
 
@@ -28,15 +28,19 @@ class Packed:
         rationales: r.
         start: first text position that each position may see, ``[B, N]`` int64, or None.
         window: the layer's sliding window in positions, set by the mask function.
+        cache: keeps the keys and values of plain text, where given.
     """
 
     slots: int
     rationales: int = 1
     start: Tensor | None = None
     window: int | None = None
+    cache: ThoughtCache | None = None
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """The output ``[B, S, Hq, Dv]`` of the layer ``module`` for ``query`` ``[B, Hq, S, D]``."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """The output ``[B, S, Hq, Dv]`` of the attention that is called, for ``query`` ``[B, Hq, S, D]``."""
+        if self.cache is not None:
+            self.cache.take_in(key, value)
         q, k, v = (rearrange(x, "b h (n c) d -> b h n c d", c=self.slots) for x in (query, key, value))
         out = thought_attention(
             q, k, v, rationales=self.rationales, window=self.window, text_start=self.start, **options
@@ -53,9 +57,9 @@ class Step:
     start: Tensor | None = None
     window: int | None = None
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """As :meth:`Packed.attend`; keys and values are those of the cache."""
-        layer = layer_of(self.cache, module)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """As :meth:`Packed.attend`, with all keys and values of the cache."""
+        layer = self.cache.take_in(key, value)
         out = thought_attention_step(
             rearrange(query, "b h (n r) d -> b h n r d", r=self.cache.rationales),
             layer.keys,
@@ -80,9 +84,9 @@ class Extension:
     start: Tensor | None = None
     window: int | None = None
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """As :meth:`Packed.attend`; the cache holds the new keys already."""
-        layer = layer_of(self.cache, module)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """As :meth:`Packed.attend`, with all keys and values of the cache."""
+        layer = self.cache.take_in(key, value)
         own_keys, own_values = (x[:, :, -query.shape[2] :, None, None] for x in (layer.keys, layer.values))
         out = thought_attention_step(
             query[:, :, :, None],
@@ -101,17 +105,8 @@ class Extension:
 Layout = Packed | Step | Extension
 
 
-def layer_of(cache: ThoughtCache, module: nn.Module) -> ThoughtCacheLayer:
-    """The part of ``cache`` that belongs to the attention layer ``module``."""
-    index = module.layer_idx
-    if not isinstance(index, int):
-        raise TypeError(f"{type(module).__name__}.layer_idx is {index!r}, but it must be the layer's number")
-    return cache.layers[index]
-
-
 def attend(
     layout: Layout,
-    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -121,7 +116,7 @@ def attend(
 ) -> Tensor:
     """The output ``[B, S, Hq, Dv]`` under a layout, computed in autocast's dtype where that is on."""
     query, key, value = as_computed(query, key, value)
-    return layout.attend(module, query, key, value, scale=scaling, softcap=softcap, sinks=sinks).contiguous()
+    return layout.attend(query, key, value, scale=scaling, softcap=softcap, sinks=sinks).contiguous()
 
 
 @dataclass
@@ -137,10 +132,14 @@ _open = _Open()
 def layout(value: Layout) -> Iterator[None]:
     """Make every ``qstar`` attention inside see the tokens of its input as ``value`` lays them out."""
     previous, _open.layout = _open.layout, value
+    if value.cache is not None:
+        value.cache.begin_pass()
     try:
         yield
     finally:
         _open.layout = previous
+    if value.cache is not None:
+        value.cache.end_pass()
 
 
 def open_layout() -> Layout | None:

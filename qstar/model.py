@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from qstar import layouts
 from qstar.autocast import compute_dtype
-from qstar.cache import ThoughtCache
 from qstar.config import CONFIG_FILE, QuietStarConfig
 from qstar.grid import ThoughtGrid
 from qstar.heads import LanguageHead, MixingHead
@@ -88,16 +87,16 @@ class QuietStarModel(_Decoder):
             )
         return grid
 
-    def read(
-        self, tokens: Tensor, position_ids: Tensor, layout: layouts.Layout, cache: ThoughtCache | None = None
-    ) -> Tensor:
+    def read(self, tokens: Tensor, position_ids: Tensor, layout: layouts.Layout) -> Tensor:
         """Hidden states after the final norm, ``[B, S, E]``, of tokens ``[B, S]`` laid out as ``layout`` says."""
+        # Without a mask, transformers would look for packed documents in the positions, and wait for the device.
+        everything = torch.ones_like(tokens, dtype=torch.bool)
         with layouts.layout(layout):
             output = self.base_model(
                 inputs_embeds=self.embed(tokens),
+                attention_mask=everything,
                 position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
+                use_cache=False,
             )
         return output.last_hidden_state
 

@@ -52,7 +52,7 @@ class Reading:
 def read_text(model: QuietStarModel, text: Text, grid: ThoughtGrid) -> Reading:
     """Read a text without thoughts, into a cache that has room for the thoughts of ``grid``."""
     cache = ThoughtCache(grid.rationales, grid.rationale_length)
-    hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start), cache)
+    hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start, cache=cache))
     return Reading(text, cache, hidden)
 
 
@@ -68,7 +68,7 @@ def read_on(model: QuietStarModel, reading: Reading, text: Text) -> Reading:
     reading.cache.drop_thoughts()
     reading.cache.extend()
     layout = Extension(reading.cache, start=text.start)
-    hidden = model.read(text.tokens[:, read:], text.positions[:, read:], layout, reading.cache)
+    hidden = model.read(text.tokens[:, read:], text.positions[:, read:], layout)
     return Reading(text, reading.cache, torch.cat([reading.hidden, hidden], dim=1))
 
 
@@ -91,7 +91,6 @@ def advance(model: QuietStarModel, reading: Reading, step: int | Tensor, tokens:
         rearrange(tokens, "b n r -> b (n r)"),
         rearrange(positions.expand_as(tokens), "b n r -> b (n r)"),
         Step(cache, step, start=text.start),
-        cache,
     )
     return rearrange(hidden, "b (n r) e -> b n r e", r=cache.rationales)
 

@@ -110,7 +110,7 @@ def test_sigmoid_head_starts_at_one_half():
 
 
 def test_what_a_training_step_asks_the_device():
-    """Each question waits for all that was launched: of the batch, of transformers' mask, of ids, of what is rewarded.
+    """Each question waits for all that was launched: of the batch, of ids, of what is rewarded.
 
     Every one is asked once, whatever the number of tokens in a thought.
     """
@@ -121,8 +121,8 @@ def test_what_a_training_step_asks_the_device():
         output = Objective()(model, tokens, thoughts=thoughts)
         output.loss.backward()
     assert output.rewarded > 0
-    batch, mask, mixed, heads, rewarded = ["tolist"], ["__bool__"], ["__bool__"], ["tolist"] * 2, ["nonzero"]
-    assert sorted(watch.waits) == sorted(batch + mask + mixed + heads + rewarded)
+    batch, mixed, heads, rewarded = ["tolist"], ["__bool__"], ["tolist"] * 2, ["nonzero"]
+    assert sorted(watch.waits) == sorted(batch + mixed + heads + rewarded)
 
 
 def test_equal_scores_have_no_advantage():

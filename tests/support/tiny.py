@@ -40,6 +40,13 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         | dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
         | dict(max_position_embeddings=128),
     ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        _LLAMA_LIKE
+        | dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8)
+        | dict(v_head_dim=12, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, n_shared_experts=1)
+        | dict(moe_intermediate_size=24, first_k_dense_replace=1),
+    ),
     "gpt_oss": (
         "GptOss",
         _LLAMA_LIKE | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
