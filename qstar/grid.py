@@ -82,6 +82,30 @@ class ThoughtGrid:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What the means of a loss are taken over; of several batches, the sums.
+
+    Attributes:
+        text: tokens that are predicted without a thought, ``[]``.
+        ahead: tokens that are predicted after a thought, for each talk step, ``[m]``.
+        whole: positions all of whose ``m`` tokens ahead are predicted, ``[]``.
+    """
+
+    text: Tensor
+    ahead: Tensor
+    whole: Tensor
+
+    def stacked(self) -> Tensor:
+        """All in one tensor, ``[m + 2]``, to be added to those of other batches."""
+        return torch.cat([self.text[None], self.ahead, self.whole[None]])
+
+    @classmethod
+    def from_stacked(cls, values: Tensor) -> Counts:
+        """The counts that :meth:`stacked` gave."""
+        return cls(values[0], values[1:-1], values[-1])
+
+
+@dataclass(frozen=True)
 class Text:
     """A batch of text as the grid needs it.
 
@@ -156,3 +180,8 @@ class Text:
         steps = torch.arange(grid.ahead_tokens, device=self.tokens.device)
         same_document = self.positions[:, ahead] == self.positions[..., None] + steps
         return torch.where(same_document, self.targets[:, ahead], IGNORED)
+
+    def counts(self, grid: ThoughtGrid) -> Counts:
+        """What the means over this batch are taken over."""
+        counted = self.talk_targets(grid) != IGNORED
+        return Counts((self.targets != IGNORED).sum(), counted.sum((0, 1)), counted.all(-1).sum())

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.profiler import record_function
 from transformers.utils import ModelOutput
 
-from qstar.grid import IGNORED, ThoughtGrid
+from qstar.grid import IGNORED, Counts, ThoughtGrid
 from qstar.model import QuietStarModel
-from qstar.talking import Talk, masked_mean, read_batch, talk
+from qstar.talking import Talk, read_batch, talk
 from qstar.thinking import think
 
 UNSET = cast(Tensor, None)  # ModelOutput wants None as the default of its fields
@@ -80,6 +80,8 @@ class Objective:
         signed: learn from thoughts that did worse as well; by default only from those that did better.
         seed: of the thoughts.
         row_offset: rows (batch, position, rationale) that other processes or batches have before these.
+        counts: what the means are taken over, where a batch is a part of a larger one whose parts add up: over this
+            batch by default.
     """
 
     policy_weight: float = 1.0
@@ -89,6 +91,7 @@ class Objective:
     signed: bool = False
     seed: int = 0
     row_offset: int = 0
+    counts: Counts | None = None
 
     def __post_init__(self) -> None:
         if self.baseline not in BASELINES:
@@ -116,12 +119,10 @@ class Objective:
             thoughts = think(
                 model, text, grid, temperature=self.temperature, seed=self.seed, row_offset=self.row_offset
             )
-        spoken = talk(model, text, grid, thoughts)
-        nll_base = -masked_mean(spoken.log_base, text.targets != IGNORED)
-        counts = spoken.targets != IGNORED
-        per_step = [-masked_mean(spoken.log_talk[..., k].mean(-1), counts[..., k]) for k in range(grid.ahead_tokens)]
-        nll_talk = torch.stack(per_step).mean()
-        whole = counts.all(-1)
+        counts = text.counts(grid) if self.counts is None else self.counts
+        spoken = talk(model, text, grid, thoughts, counts)
+        counted = spoken.targets != IGNORED
+        whole = counted.all(-1)
         with record_function("qstar::learn"):
             advantage = self.advantage(spoken, grid) * whole[..., None]
             policy_loss = self.policy_loss(model, spoken.policy, thoughts, advantage, whole)
@@ -129,11 +130,11 @@ class Objective:
             loss=spoken.loss + self.policy_weight * policy_loss,
             likelihood_loss=spoken.loss,
             policy_loss=policy_loss,
-            nll_base=nll_base,
-            nll_talk=nll_talk,
-            reward=masked_mean(advantage.mean(-1), whole),
-            rewarded=masked_mean((advantage != 0).float().mean(-1), whole),
-            mixing_weight=masked_mean(spoken.weight.mean(2), counts),
+            nll_base=-mean(spoken.log_base, counts.text),
+            nll_talk=-(spoken.log_talk.mean(2).sum((0, 1)) / counts.ahead.clamp(min=1)).mean(),
+            reward=mean(advantage.mean(-1), counts.whole),
+            rewarded=mean((advantage != 0).float().mean(-1), counts.whole),
+            mixing_weight=mean(spoken.weight.mean(2) * counted, counts.ahead.sum()),
             thoughts=thoughts,
         )
 
@@ -159,7 +160,8 @@ class Objective:
         """
         counted = advantage.nonzero(as_tuple=True)
         length = thoughts.shape[-1]
-        share = advantage[counted] / (whole.sum() * thoughts.shape[2] * length).clamp(min=1)
+        positions = whole.sum() if self.counts is None else self.counts.whole
+        share = advantage[counted] / (positions * thoughts.shape[2] * length).clamp(min=1)
         head = model.language_head()
         total, _ = head.log_prob_sum(
             policy[counted].flatten(0, 1).to(head.dtype),
@@ -168,3 +170,8 @@ class Objective:
             temperature=self.reinforce_temperature,
         )
         return -total
+
+
+def mean(values: Tensor, count: Tensor) -> Tensor:
+    """The mean of ``values``, 0 where they do not count, over ``count`` ``[]`` of them."""
+    return values.sum() / count.clamp(min=1)

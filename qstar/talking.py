@@ -13,7 +13,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.profiler import record_function
 
-from qstar.grid import IGNORED, Text, ThoughtGrid
+from qstar.grid import IGNORED, Counts, Text, ThoughtGrid
 from qstar.layouts import Packed
 from qstar.model import QuietStarModel
 from qstar.thinking import Reading, advance, evaluating
@@ -46,8 +46,17 @@ def read_grid(model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Te
     return model.read(tokens, grid.position_ids(text.positions), Packed(grid.slots, grid.rationales, start=text.start))
 
 
-def talk(model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor) -> Talk:
-    """Score the text with and without the given thoughts ``[B, N, r, K]``, in one packed pass (paper, section 4.3)."""
+def talk(model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, counts: Counts | None = None) -> Talk:
+    """Score the text with and without thoughts, in one packed pass (paper, section 4.3).
+
+    Args:
+        model: the model.
+        text: the text, ``[B, N]``.
+        grid: how many rationales of how many tokens.
+        thoughts: the thoughts to read, ``[B, N, r, K]`` int64.
+        counts: what the means of the loss are taken over; over this batch by default.
+    """
+    counts = text.counts(grid) if counts is None else counts
     with record_function("qstar::talk"):
         base, policy, after = grid.split(read_grid(model, text, grid, thoughts))
         batch, positions = text.tokens.shape
@@ -58,11 +67,11 @@ def talk(model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor)
         base = rearrange(base, "b n e -> (b n) e")
         mixed, weight = model.mix(base, after.flatten(0, 3), base_index.flatten())
         talk_targets = repeat(targets, "b n m -> b n r m", r=grid.rationales)
-        shares = shares_of_mean(talk_targets, (0, 1, 2)).flatten() / grid.ahead_tokens
+        talk_counts = counts.ahead * grid.rationales * grid.ahead_tokens
         total, log_prob = model.language_head().log_prob_sum(
             torch.cat([base.to(mixed.dtype), mixed]),
             torch.cat([text.targets.flatten(), talk_targets.flatten()]),
-            torch.cat([shares_of_mean(text.targets, (0, 1)).flatten(), shares]),
+            torch.cat([shares(text.targets, counts.text).flatten(), shares(talk_targets, talk_counts).flatten()]),
         )
         log_base, log_talk = log_prob.split([len(base), len(mixed)])
     return Talk(
@@ -118,20 +127,18 @@ def read_batch(
     return replace(text, targets=text.targets.masked_fill(said, IGNORED))
 
 
-def text_loss(model: QuietStarModel, input_ids: Tensor, **batch: Tensor) -> Tensor:
-    """Mean negative log-likelihood of a text without thoughts, nats; the batch as :func:`read_batch` takes it."""
+def text_loss(model: QuietStarModel, input_ids: Tensor, count: Tensor | None = None, **batch: Tensor) -> Tensor:
+    """Mean negative log-likelihood of a text without thoughts, nats; the batch as :func:`read_batch` takes it.
+
+    ``count`` is the number of tokens ``[]`` that the mean is taken over, those of this batch by default.
+    """
     text = read_batch(model, input_ids, **batch)
+    count = (text.targets != IGNORED).sum() if count is None else count
     hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start))
     log_prob = model.language_head().log_prob(hidden.flatten(0, 1), text.targets.flatten())
-    return -masked_mean(log_prob, text.targets.flatten() != IGNORED)
+    return -log_prob.sum() / count.clamp(min=1)
 
 
-def shares_of_mean(targets: Tensor, over: tuple[int, ...]) -> Tensor:
-    """The weight of each target in the mean over the axes ``over``, ignored ones left out."""
-    counts = (targets != IGNORED).double()
-    return counts / counts.sum(over, keepdim=True).clamp(min=1)
-
-
-def masked_mean(values: Tensor, where: Tensor) -> Tensor:
-    """The mean of ``values`` over ``where``; 0 where that is empty."""
-    return (values * where).sum() / where.sum().clamp(min=1)
+def shares(targets: Tensor, count: Tensor) -> Tensor:
+    """The weight of each target in a mean over ``count`` of them, ignored ones left out."""
+    return (targets != IGNORED).double() / count.clamp(min=1)

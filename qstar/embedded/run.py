@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,8 @@ class PlainTrainer(QuietStarTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of the text, and it as an output as well where asked for."""
-        loss = model(**inputs, objective=text_loss)
+        count = None if self.counts is None else self.counts.text
+        loss = self._as_part(model(**inputs, objective=partial(text_loss, count=count)))
         return (loss, {"loss": loss}) if return_outputs else loss
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +19,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qstar.data import PadRight
 from qstar.evaluation.held_out import evaluate_rows
+from qstar.grid import Counts
 from qstar.learning import Objective, QuietStarOutput
 from qstar.model import QuietStarModel
+from qstar.talking import read_batch
 from qstar.training.callbacks import ProgressLine, show_thoughts
 from qstar.training.settings import QuietStarArguments
 
@@ -34,7 +37,11 @@ class QuietStarTrainer(Trainer):
     """transformers' Trainer for a model from :func:`qstar.wrap`.
 
     Every logged value also goes to ``metrics.jsonl`` in the output folder. Rows are dictionaries of ``input_ids`` and
-    ``position_ids``, as :func:`qstar.data.pack` makes them.
+    ``position_ids``, as :func:`qstar.data.pack` makes them. The loss of an update is the same however its rows are
+    split into batches and processes.
+
+    Attributes:
+        counts: what the means of the update are taken over, where it has more than one batch or process.
     """
 
     loss_is_scaled_for_ga = False
@@ -64,6 +71,7 @@ class QuietStarTrainer(Trainer):
         self.objective: Objective = args.objective()
         self._seen: dict[str, list[Tensor]] = defaultdict(list)
         self._batch_of_step = (-1, 0)
+        self.counts: Counts | None = None
 
     @property
     def thinking_model(self) -> QuietStarModel:
@@ -76,13 +84,41 @@ class QuietStarTrainer(Trainer):
         """The objective's loss, and its output as well where asked for."""
         output = model(**inputs, objective=self._objective_for(inputs["input_ids"]))
         for name in LOGGED:
-            self._seen[name].append(getattr(output, name).detach())
+            self._add_up(name, getattr(output, name).detach())
         if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice():
             self._log_gradient_norms(model, output)
         if self._due(self.args.sample_steps) and self.is_world_process_zero():
             thoughts = show_thoughts(cast(Any, self.processing_class), inputs["input_ids"], output.thoughts)
             self._write({"step": self.state.global_step, "thoughts": thoughts})
-        return (output.loss, output) if return_outputs else output.loss
+        loss = self._as_part(output.loss)
+        return (loss, output) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Any]:
+        """The batches of one update; what its means are taken over is counted in all of them, on all processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.counts = None
+        if len(batches) > 1 or self.args.world_size > 1:
+            model = self.thinking_model
+            counted = torch.zeros(model.qstar.ahead_tokens + 2, dtype=torch.int64, device=device)
+            for batch in batches:
+                text = read_batch(model, **{name: value.to(device) for name, value in batch.items()})
+                counted += text.counts(model.grid(text.tokens.shape[1])).stacked()
+            self.counts = Counts.from_stacked(cast(Tensor, self.accelerator.reduce(counted)))
+        return batches, items
+
+    def _as_part(self, loss: Tensor) -> Tensor:
+        """A batch's loss so scaled that the update's is the sum of its parts: what else is done to it is undone."""
+        if self.counts is None:
+            return loss
+        return loss * self.current_gradient_accumulation_steps * self.args.world_size
+
+    def _add_up(self, name: str, value: Tensor) -> None:
+        """Keep a value of this batch for the log, as a part of its update's."""
+        if self._batch_of_step[1] and self._seen[name]:
+            value = self._seen[name].pop() + value
+        self._seen[name].append(value)
 
     def _can_differentiate_twice(self) -> bool:
         options = cast(dict[str, Any], self.args.gradient_checkpointing_kwargs or {})
@@ -100,6 +136,7 @@ class QuietStarTrainer(Trainer):
             self.objective,
             seed=(self.args.seed << 32) + self.state.global_step,
             row_offset=(batch * self.args.world_size + self.args.process_index) * rows,
+            counts=self.counts,
         )
 
     def _due(self, every: int) -> bool:
@@ -115,10 +152,10 @@ class QuietStarTrainer(Trainer):
             self._seen[f"{name}_gradient_norm"].append(norms.norm())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means since the last call, and write all of it to ``metrics.jsonl``."""
+        """Add the means over the updates since the last call, and write all of it to ``metrics.jsonl``."""
         if "loss" in logs:
             for name, values in self._seen.items():
-                logs[name] = float(self.accelerator.gather(torch.stack(values).mean().float()).mean())
+                logs[name] = float(self.accelerator.gather(torch.stack(values).mean().float()).sum())
             self._seen.clear()
         super().log(logs, start_time)
         self._write({"step": self.state.global_step, **logs})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
 import tiny
 import torch
@@ -9,6 +12,8 @@ from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from qstar.learning import Objective
+from qstar.training.settings import QuietStarArguments
+from qstar.training.trainer import QuietStarTrainer
 
 ROWS, LENGTH, RANKS = 4, 7, 2
 
@@ -19,6 +24,48 @@ def step(model, tokens, row_offset: int = 0):
     output.loss.backward()
     gradients = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
     return output.thoughts, gradients
+
+
+def trained(folder: str, world_size: int) -> dict[str, torch.Tensor]:
+    """The weights after two updates of four rows that are learned from to very different extents."""
+    learned = [(0, 3), (0, 12), (7, 9), (0, 12), (2, 12), (0, 12), (10, 12), (0, 5)]
+    rows = []
+    for seed, (begin, end) in enumerate(learned):
+        ids = tiny.text(1, 12, seed)[0].tolist()
+        labels = [token if begin <= i < end else -100 for i, token in enumerate(ids)]
+        rows.append({"input_ids": ids, "labels": labels, "position_ids": list(range(12))})
+    options = dict(max_steps=2, warmup_steps=0, optim="sgd", learning_rate=0.1, max_grad_norm=1e9, save_strategy="no")
+    quiet = dict(report_to="none", disable_tqdm=True, sample_steps=0, gradient_norm_steps=0, use_cpu=True)
+    batch = dict(per_device_train_batch_size=4 // world_size, train_sampling_strategy="sequential", seq_length=12)
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2)
+    args = QuietStarArguments(folder, **options, **quiet, **batch)
+    QuietStarTrainer(model, args, train_dataset=rows).train()
+    return model.state_dict()
+
+
+def train_elsewhere(rank: int, port: int, results: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.save(trained(f"{results}/run", RANKS), f"{results}/{rank}.pt")
+    assert distributed.get_world_size() == RANKS
+    distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_trainer_makes_the_same_updates_on_two_processes(tmp_path):
+    """Though one of them learns from other numbers of tokens than the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(train_elsewhere, (port, str(tmp_path)), RANKS)
+    whole = trained(str(tmp_path / "alone"), 1)
+    start = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2).state_dict()
+    for rank in range(RANKS):
+        split = torch.load(tmp_path / f"{rank}.pt")
+        for name, weight in whole.items():
+            assert (split[name] - weight).norm() <= 1e-4 * (weight - start[name]).norm(), name
 
 
 def work(rank: int, store: str, results: str) -> None:

@@ -9,9 +9,10 @@ from tiny_runs import QUIET, records, texts, tiny_train
 
 from qstar import evaluate, train
 from qstar.data import PadRight
+from qstar.embedded.run import PlainTrainer
 from qstar.experimental import cuda_graph
 from qstar.training.settings import QuietStarArguments
-from qstar.training.trainer import QuietStarTrainer
+from qstar.training.trainer import LOGGED, QuietStarTrainer
 
 
 def test_accumulated_batches_equal_one_batch(tmp_path):
@@ -34,6 +35,48 @@ def test_accumulated_batches_equal_one_batch(tmp_path):
     assert torch.equal(*drawn)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def unequal_rows():
+    """Rows of one length that are learned from to very different extents, documents packed into one of them."""
+    learned = [(0, 3), (0, 12), (7, 9), (0, 12), (2, 12), (0, 12), (10, 12), (0, 5)]
+    rows = []
+    for seed, (begin, end) in enumerate(learned):
+        ids = tiny.text(1, 12, seed)[0].tolist()
+        labels = [token if begin <= i < end else -100 for i, token in enumerate(ids)]
+        positions = [*range(5), *range(7)] if seed == 3 else list(range(12))
+        rows.append({"input_ids": ids, "labels": labels, "position_ids": positions})
+    return rows
+
+
+@pytest.mark.parametrize("kind", [QuietStarTrainer, PlainTrainer])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_update_is_the_same_however_it_is_split_into_batches(kind, batch_size, tmp_path):
+    """Two updates of four rows: the same weights, and the same values in the log."""
+    results = []
+    for size in (4, batch_size):
+        model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
+        options = QUIET | dict(seq_length=12, logging_steps=1, max_grad_norm=1e9, optim="sgd", learning_rate=0.1)
+        args = QuietStarArguments(
+            str(tmp_path / f"{kind.__name__}-{size}"),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            train_sampling_strategy="sequential",
+            max_steps=2,
+            warmup_steps=0,
+            **options,
+        )
+        kind(model, args, train_dataset=unequal_rows()).train()
+        results.append((model.state_dict(), [r for r in records(args.folder) if "loss" in r]))
+    (whole, whole_log), (split, split_log) = results
+    start = tiny.thinking_model(thought_tokens=2, ahead_tokens=2).state_dict()
+    for name, weight in whole.items():
+        moved = (weight - start[name]).norm()
+        assert (split[name] - weight).norm() <= 1e-4 * moved, name
+    assert not torch.equal(whole["lm_head.weight"], start["lm_head.weight"])
+    for ours, theirs in zip(split_log, whole_log, strict=True):
+        for name in {"loss", *LOGGED} & theirs.keys():
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
 
 
 def test_learning_rates_of_the_new_parameters(tmp_path):
