@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qstar import layouts
 from qstar.autocast import compute_dtype
@@ -86,6 +86,30 @@ class QuietStarModel(_Decoder):
                 f"max_position_embeddings = {limit}: shorten one of them"
             )
         return grid
+
+    def check_rotary_factors(self, positions: Tensor, further: int) -> None:
+        """Refuse a text whose thoughts would be read with other rotary factors than the text itself.
+
+        LongRoPE takes its long factors as soon as a pass holds a position from a limit on. A text below the limit and
+        its thoughts beyond it would meet each other's keys in different bases.
+
+        Args:
+            positions: of the text, ``[B, N]``; read on the host only where the model has such factors.
+            further: positions that come after the last of them.
+
+        Raises:
+            ValueError: the limit lies between the text's last position and that of its thoughts.
+        """
+        limit = _long_rope_limit(self.config.get_text_config(decoder=True))
+        if limit is None:
+            return
+        length = int(positions.max()) + 1
+        if length <= limit < length + further:
+            raise ValueError(
+                f"a text of {length} tokens and {further} more cross original_max_position_embeddings = {limit}, where "
+                f"{type(self).__name__} changes its rotary factors: give it at most {limit - further} tokens, or more "
+                f"than {limit}"
+            )
 
     def read(self, tokens: Tensor, position_ids: Tensor, layout: layouts.Layout) -> Tensor:
         """Hidden states after the final norm, ``[B, S, E]``, of tokens ``[B, S]`` laid out as ``layout`` says."""
@@ -171,6 +195,14 @@ class QuietStarModel(_Decoder):
 def embedding_rows(model: PreTrainedModel) -> Tensor:
     """The input embeddings of the vocabulary, ``[V, E]``."""
     return cast(Tensor, model.get_input_embeddings().weight)
+
+
+def _long_rope_limit(config: PreTrainedConfig) -> int | None:
+    """The length up to which LongRoPE takes its short factors, None where a model has no such thing."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    limits = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(limits, default=None)
 
 
 _classes: dict[type[PreTrainedModel], type[QuietStarModel]] = {}

@@ -42,6 +42,7 @@ class Talk:
 
 def read_grid(model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor) -> Tensor:
     """One packed pass over text and thoughts: hidden states ``[B, N*C, E]`` from thoughts ``[B, N, r, K]``."""
+    model.check_rotary_factors(text.positions, grid.rationale_length)
     tokens = grid.tokens(text.tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
     return model.read(tokens, grid.position_ids(text.positions), Packed(grid.slots, grid.rationales, start=text.start))
 

@@ -51,6 +51,7 @@ class Reading:
 
 def read_text(model: QuietStarModel, text: Text, grid: ThoughtGrid) -> Reading:
     """Read a text without thoughts, into a cache that has room for the thoughts of ``grid``."""
+    model.check_rotary_factors(text.positions, grid.rationale_length)
     cache = ThoughtCache(grid.rationales, grid.rationale_length)
     hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start, cache=cache))
     return Reading(text, cache, hidden)
@@ -65,6 +66,8 @@ def read_on(model: QuietStarModel, reading: Reading, text: Text) -> Reading:
     read = reading.cache.text_length
     if text.tokens.shape[1] <= read:
         raise ValueError(f"text has {text.tokens.shape[1]} tokens, but it must have more than the {read} read so far")
+    further = int((text.positions.max() - reading.text.positions.max()).clamp(min=0)) + reading.cache.rationale_length
+    model.check_rotary_factors(reading.text.positions, further)
     reading.cache.drop_thoughts()
     reading.cache.extend()
     layout = Extension(reading.cache, start=text.start)

@@ -11,13 +11,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qstar import attention
+from qstar import attention, reference
 from qstar.compatibility import check_behaviour
 from qstar.config import CONFIG_FILE, QuietStarConfig
 from qstar.grid import Text
 from qstar.model import MIXING_HEAD_FILE
 from qstar.talking import read_grid
-from qstar.thinking import advance, read_text
+from qstar.thinking import advance, read_on, read_text
 from qstar.wrapping import load, wrap
 
 FAMILIES = sorted(tiny.FAMILIES)
@@ -191,7 +191,7 @@ def test_a_model_that_reads_ahead_is_refused():
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     model.config.is_causal = False
-    with pytest.raises(ValueError, match="LlamaForCausalLM differs from the model's own"):
+    with pytest.raises(ValueError, match="LlamaAttention sees what comes after: it passes is_causal = False"):
         wrap(model, tiny.tokenizer())
 
 
@@ -316,3 +316,56 @@ def test_a_model_that_breaks_on_a_thought_grid_is_refused_and_given_back(error):
     assert isinstance(caught.value.__cause__, error)
     assert type(model) is transformers.LlamaForCausalLM
     assert torch.equal(model(tokens).logits, before)
+
+
+LONG_ROPE = dict(
+    max_position_embeddings=128,
+    original_max_position_embeddings=16,
+    rope_parameters=dict(
+        rope_type="longrope",
+        rope_theta=1e4,
+        original_max_position_embeddings=16,
+        short_factor=[1.0, 1.1, 1.2, 1.3],
+        long_factor=[2.0, 3.0, 4.0, 5.0],
+    ),
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [10, 17, 25])
+def test_rotary_factors_that_change_with_the_length_are_one_set_for_text_and_thoughts(length):
+    model = tiny.thinking_model("phi3", changes=LONG_ROPE, thought_tokens=3, ahead_tokens=2, rationales=1)
+    text, grid, thoughts = (
+        Text.from_inputs(tiny.text(1, length)),
+        model.grid(length),
+        tiny.random_thoughts(model, 1, length),
+    )
+    packed = read_grid(model, text, grid, thoughts).unflatten(1, (length, grid.slots))
+    reading = read_text(model, text, grid)
+    torch.testing.assert_close(reading.hidden, packed[:, :, 0], rtol=1e-5, atol=1e-5)
+    rows = grid.tokens(text.tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
+    rows = rows.unflatten(1, (length, grid.slots))
+    for step in range(grid.rationale_length):
+        states = advance(model, reading, step, rows[..., 1 + step, None])
+        torch.testing.assert_close(states[:, :, 0], packed[:, :, 1 + step], rtol=1e-4, atol=1e-5)
+    last = torch.cat([text.tokens[0], rows[0, -1, 1:]])
+    torch.testing.assert_close(packed[0, -1, -1], reference.hidden_states(model, last)[-1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [11, 16])
+def test_a_text_whose_thoughts_would_have_other_rotary_factors_is_refused(length):
+    model = tiny.thinking_model("phi3", changes=LONG_ROPE, thought_tokens=3, ahead_tokens=2, rationales=1)
+    text, grid = Text.from_inputs(tiny.text(1, length)), model.grid(length)
+    message = f"a text of {length} tokens and 6 more cross original_max_position_embeddings = 16, where Phi3ForCausalLM"
+    with pytest.raises(ValueError, match=message):
+        read_text(model, text, grid)
+    with pytest.raises(ValueError, match=message + ".* at most 10 tokens, or more than 16"):
+        read_grid(model, text, grid, tiny.random_thoughts(model, 1, length))
+
+
+def test_a_text_that_goes_on_beyond_the_limit_of_its_rotary_factors_is_refused():
+    model = tiny.thinking_model("phi3", changes=LONG_ROPE, thought_tokens=3, ahead_tokens=2, rationales=1)
+    tokens = tiny.text(1, 25)
+    reading = read_text(model, Text.from_inputs(tokens[:, :8]), model.grid(8))
+    with pytest.raises(ValueError, match="a text of 8 tokens and 23 more cross original_max_position_embeddings = 16"):
+        read_on(model, reading, Text.from_inputs(tokens))
