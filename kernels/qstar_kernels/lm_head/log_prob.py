@@ -1,7 +1,7 @@
 """Log-probabilities of tokens under a linear head, never holding all logits.
 
-The backward makes each chunk's logits again; ``rows.py`` has what happens to them. Log-probability and normaliser come
-from the same values, so that no log-probability exceeds 0.
+The backward makes each chunk's logits again; each backend's ``rows.py`` has what happens to them. Log-probability and
+normaliser come from the same values, so that no log-probability exceeds 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qstar_kernels import reference
-from qstar_kernels.arguments import check_alike, check_integer, check_number, check_tensor, choose_backend
+from qstar_kernels.backends import choose
+from qstar_kernels.common.arguments import check_alike, check_integer, check_number, check_tensor
 from qstar_kernels.lm_head.logits import (
     LEAST_TEMPERATURE,
     LogitMap,
@@ -22,11 +23,11 @@ from qstar_kernels.lm_head.logits import (
     check_head,
     check_targets,
     logit_chunks,
+    make_rows,
     product,
     rows_of,
     without_autocast,
 )
-from qstar_kernels.lm_head.rows import make_rows, triton_refusal
 
 
 class HeadGradients(NamedTuple):
@@ -171,7 +172,7 @@ def linear_log_prob(
     )
     scored = targets != ignore_index
     (count,) = check_targets(weight.shape[0], targets, forbidden, ignore_index, scored)
-    chosen = choose_backend(backend, on_gpu=hidden.is_cuda, triton_refusal=lambda: triton_refusal("hidden", hidden))
+    chosen = choose("linear_log_prob", backend, hidden=hidden)
     if chosen == "reference":
         with without_autocast(hidden):
             return reference.linear_log_prob(

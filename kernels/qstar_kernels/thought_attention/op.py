@@ -1,4 +1,4 @@
-"""The public ops: checks of arguments and choice of backend."""
+"""The public ops: checks of arguments, then an operator with the backend that was chosen."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from qstar_kernels import reference
-from qstar_kernels.arguments import (
+from qstar_kernels.backends import choose
+from qstar_kernels.common.arguments import (
     INTEGER,
     check_alike,
     check_integer,
     check_number,
     check_tensor,
-    choose_backend,
     integer_or_tensor,
 )
-from qstar_kernels.thought_attention.registered import ops
+from qstar_kernels.thought_attention.operators import ops
 
 
 def thought_attention(
@@ -73,7 +73,7 @@ def thought_attention(
     if slots < 1 or (slots - 1) % rationales:
         raise ValueError(f"q has {slots} slots a position, but it must have 1 + T * {rationales} (rationales)")
     rules = check_rules(q, positions, scale, window, softcap, sinks, text_start)
-    chosen = choose_attention_backend(backend, q, v)
+    chosen = choose("thought_attention", backend, q=q, v=v)
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
             out, lse = reference.thought_attention(q, k, v, rationales=rationales, return_lse=True, **rules)
@@ -135,7 +135,7 @@ def thought_attention_step(
     if queries > positions:
         raise ValueError(f"q has {queries} positions, but it must have at most the {positions} of k_text")
     rules = check_rules(q, positions, scale, window, softcap, sinks, text_start)
-    chosen = choose_attention_backend(backend, q, v_text)
+    chosen = choose("thought_attention_step", backend, q=q, v_text=v_text)
     step, step_index = check_step(step, tokens, q.device if chosen == "triton" else None)
     inputs = (q, k_text, v_text, k_thought, v_thought)
     if chosen == "reference":
@@ -144,17 +144,6 @@ def thought_attention_step(
     else:
         out, lse = ops.thought_attention_step(*inputs, step, step_index, backend=chosen, **rules)
     return (out, lse) if return_lse else out
-
-
-def choose_attention_backend(backend: object, q: Tensor, v: Tensor) -> str:
-    def triton_refusal() -> str | None:
-        try:
-            from qstar_kernels.thought_attention import fused
-        except ModuleNotFoundError as error:
-            return f"{error.name} is not installed"
-        return fused.unsupported(q, v)
-
-    return choose_backend(backend, on_gpu=q.is_cuda, triton_refusal=triton_refusal)
 
 
 def check_heads(q: Tensor, name: str, k: Tensor, v: Tensor) -> None:
