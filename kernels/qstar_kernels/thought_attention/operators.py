@@ -16,7 +16,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from qstar_kernels.backends import implementation
 from qstar_kernels.thought_attention import flops
@@ -224,10 +223,15 @@ define("thought_attention", attend, attend_fake, Attention)
 define("thought_attention_backward", attend_backward, attend_backward_fake, None)
 define("thought_attention_step", attend_step, attend_fake, StepAttention)
 define("thought_attention_step_backward", attend_step_backward, attend_step_backward_fake, None)
-for name, formula in (
-    ("thought_attention", flops.attend),
-    ("thought_attention_backward", flops.attend_backward),
-    ("thought_attention_step", flops.attend_step),
-    ("thought_attention_step_backward", flops.attend_step_backward),
-):
-    register_flop_formula(getattr(ops, name))(formula)
+try:
+    from torch.utils.flop_counter import register_flop_formula
+except Exception:  # it imports Triton: where that is broken there is no counter, and backends.py says why
+    pass
+else:
+    for name, formula in (
+        ("thought_attention", flops.attend),
+        ("thought_attention_backward", flops.attend_backward),
+        ("thought_attention_step", flops.attend_step),
+        ("thought_attention_step_backward", flops.attend_step_backward),
+    ):
+        register_flop_formula(getattr(ops, name))(formula)

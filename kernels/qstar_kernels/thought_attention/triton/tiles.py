@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import torch
+
+from qstar_kernels.common.launch import Tile
 from qstar_kernels.common.tile_table import TileTable
 
 KERNELS = ("forward", "query_gradient", "text_gradient", "own_gradient", "step")
@@ -9,4 +12,7 @@ HOPPER_KERNELS = ("hopper_forward", "hopper_query_gradient", "hopper_text_gradie
 WIDTHS = (64, 128, 256)  # an entry of the table serves every width up to its own
 
 TABLE = TileTable(Path(__file__).with_name("tiles.json"))
-find_tile = TABLE.find
+
+
+def find_tile(kernel: str, architecture: str, dtype: torch.dtype, width: int) -> Tile:
+    return TABLE.find(kernel, architecture, dtype, width)
