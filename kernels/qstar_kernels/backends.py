@@ -191,24 +191,32 @@ _failures: dict[str, Exception] = {}  # what was imported in vain: to try again 
 _warned: set[str] = set()
 
 
-def implementation(place: str, backend: str) -> ModuleType:
+def implementation(folder: str, backend: str) -> ModuleType:
     """What does the work once the choice is made: the package ``backend`` of an op's folder, or Gluon's launches.
 
     The imports are statements, since torch's compiler follows no others.
     """
-    if (place, backend) == ("thought_attention", "torch"):
-        from qstar_kernels.thought_attention import torch as package
-    elif (place, backend) == ("thought_attention", "triton"):
-        from qstar_kernels.thought_attention import triton as package
-    elif (place, backend) == ("thought_attention", "gluon"):
-        from qstar_kernels.thought_attention.gluon import launches as package
-    elif (place, backend) == ("lm_head", "torch"):
-        from qstar_kernels.lm_head import torch as package
-    elif (place, backend) == ("lm_head", "triton"):
-        from qstar_kernels.lm_head import triton as package
-    else:
-        raise ValueError(f"backend is {backend!r}, but an operator's must be 'torch' or 'triton'")
-    return package
+    if (folder, backend) == ("thought_attention", "torch"):
+        from qstar_kernels.thought_attention import torch as attention_by_torch
+
+        return attention_by_torch
+    if (folder, backend) == ("thought_attention", "triton"):
+        from qstar_kernels.thought_attention import triton as attention_by_triton
+
+        return attention_by_triton
+    if (folder, backend) == ("thought_attention", "gluon"):
+        from qstar_kernels.thought_attention.gluon import launches
+
+        return launches
+    if (folder, backend) == ("lm_head", "torch"):
+        from qstar_kernels.lm_head import torch as head_by_torch
+
+        return head_by_torch
+    if (folder, backend) == ("lm_head", "triton"):
+        from qstar_kernels.lm_head import triton as head_by_triton
+
+        return head_by_triton
+    raise ValueError(f"backend is {backend!r}, but an operator's must be 'torch' or 'triton'")
 
 
 def load(folder: str, backend: str) -> ModuleType | Exception:

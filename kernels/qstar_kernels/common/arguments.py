@@ -43,12 +43,13 @@ def check_number(name: str, value: object, *, above: float | None = None, at_lea
         raise ValueError(f"{name} is {value}, but it must be {wanted}")
 
 
-def check_integer(name: str, value: object, *, at_least: int | None = None) -> None:
-    """Raise unless ``value`` is an integer, and at least a bound."""
+def check_integer(name: str, value: object, *, at_least: int | None = None) -> int:
+    """``value``, unless it is no integer or below a bound: then raise."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, but it is {type(value).__name__}")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} is {value}, but it must be at least {at_least}")
+    return value
 
 
 def integer_or_tensor(
@@ -65,5 +66,4 @@ def integer_or_tensor(
         if value.device == readable_on:
             return value
         value = int(value)
-    check_integer(name, value, at_least=at_least)
-    return value
+    return check_integer(name, value, at_least=at_least)

@@ -6,7 +6,7 @@ normaliser come from the same values, so that no log-probability exceeds 0.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -118,6 +118,60 @@ def check_scored(
     check_number("temperature", temperature, at_least=LEAST_TEMPERATURE)
     check_integer("ignore_index", ignore_index)
     return product_dtype
+
+
+@overload
+def linear_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    forbidden: Tensor | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+    product_dtype: torch.dtype | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    forbidden: Tensor | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[True],
+    product_dtype: torch.dtype | None = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    forbidden: Tensor | None = ...,
+    ignore_index: int = ...,
+    return_entropy: bool,
+    product_dtype: torch.dtype | None = ...,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def linear_log_prob(

@@ -96,8 +96,8 @@ def mix_hidden(
         check_alike("base_index", base_index, "thought", thought, dtype=False)
         outside = (base_index < 0) | (base_index >= len(base))
         if outside.any():
-            value = base_index[outside][0].item()
-            raise ValueError(f"base_index holds {value}, but its rows must be in [0, {len(base)})")
+            found = base_index[outside][0].item()
+            raise ValueError(f"base_index holds {found}, but its rows must be in [0, {len(base)})")
 
     chosen = choose("mix_hidden", backend, thought=thought)
     if chosen == "reference":

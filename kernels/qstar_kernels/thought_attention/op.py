@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,57 @@ from qstar_kernels.common.arguments import (
     integer_or_tensor,
 )
 from qstar_kernels.thought_attention.operators import ops
+
+
+@overload
+def thought_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rationales: int = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    text_start: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def thought_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rationales: int = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    text_start: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def thought_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rationales: int = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    text_start: Tensor | None = ...,
+    return_lse: bool,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def thought_attention(
@@ -82,6 +135,63 @@ def thought_attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def thought_attention_step(
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_thought: Tensor,
+    v_thought: Tensor,
+    step: int | Tensor,
+    *,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    text_start: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def thought_attention_step(
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_thought: Tensor,
+    v_thought: Tensor,
+    step: int | Tensor,
+    *,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    text_start: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def thought_attention_step(
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_thought: Tensor,
+    v_thought: Tensor,
+    step: int | Tensor,
+    *,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    text_start: Tensor | None = ...,
+    return_lse: bool,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def thought_attention_step(
     q: Tensor,
     k_text: Tensor,
@@ -136,13 +246,14 @@ def thought_attention_step(
         raise ValueError(f"q has {queries} positions, but it must have at most the {positions} of k_text")
     rules = check_rules(q, positions, scale, window, softcap, sinks, text_start)
     chosen = choose("thought_attention_step", backend, q=q, v_text=v_text)
-    step, step_index = check_step(step, tokens, q.device if chosen == "triton" else None)
+    at = check_step(step, tokens, q.device if chosen == "triton" else None)
     inputs = (q, k_text, v_text, k_thought, v_thought)
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = reference.thought_attention_step(*inputs, step, return_lse=True, **rules)
+            out, lse = reference.thought_attention_step(*inputs, at, return_lse=True, **rules)
     else:
-        out, lse = ops.thought_attention_step(*inputs, step, step_index, backend=chosen, **rules)
+        number, index = (None, at) if isinstance(at, Tensor) else (at, None)
+        out, lse = ops.thought_attention_step(*inputs, number, index, backend=chosen, **rules)
     return (out, lse) if return_lse else out
 
 
@@ -155,14 +266,12 @@ def check_heads(q: Tensor, name: str, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{tensor} has width 0, but it must be at least 1")
 
 
-def check_step(step: object, tokens: int, readable_on: torch.device | None) -> tuple[int | None, Tensor | None]:
+def check_step(step: object, tokens: int, readable_on: torch.device | None) -> int | Tensor:
     """The checked step as an int, or as a tensor where that lies on the device whose kernel can read it."""
     step = integer_or_tensor("step", step, readable_on, at_least=0)
-    if isinstance(step, Tensor):
-        return None, step
-    if step >= tokens:
+    if not isinstance(step, Tensor) and step >= tokens:
         raise ValueError(f"step is {step}, but it must be below the {tokens} tokens of k_thought")
-    return step, None
+    return step
 
 
 def check_rules(q: Tensor, positions: int, scale, window, softcap, sinks, text_start) -> dict:
