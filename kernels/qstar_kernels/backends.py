@@ -12,7 +12,7 @@ and an import fails all the same: ``auto`` warns, ``triton`` raises a RuntimeErr
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -58,11 +58,14 @@ OPS = {
 
 
 class Facts(NamedTuple):
-    """What the choice depends on, of an argument."""
+    """What the choice depends on, of an argument: all that it asks a tensor for."""
 
     device: torch.device
     dtype: torch.dtype
-    width: int
+    shape: Sequence[int]
+
+
+Given = Mapping[str, Tensor | Facts]  # by the argument's name
 
 
 class Decision(NamedTuple):
@@ -104,8 +107,7 @@ def choose(op: str, backend: object, **tensors: Tensor) -> str:
         ValueError: ``backend`` is none of ``NAMES``, or it is ``triton`` and its kernels refuse these tensors.
         RuntimeError: it is ``triton``, which is installed but broken.
     """
-    given = {name: Facts(x.device, x.dtype, x.shape[-1]) for name, x in tensors.items()}
-    decision = decide(op, backend, given)
+    decision = decide(op, backend, tensors)
     if decision.broken is not None:
         warn_once(f"torch runs in the place of the Triton kernels on this GPU: {decision.reason}")
     return decision.backend
@@ -127,13 +129,13 @@ def explain(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float
         raise ValueError(f"device is {device}, but it must be one that torch finds")
     choices = []
     for op, kernels in OPS.items():
-        decision = decide(op, "auto", dict.fromkeys(kernels.arguments, Facts(device, dtype, width)))
+        decision = decide(op, "auto", dict.fromkeys(kernels.arguments, Facts(device, dtype, (width,))))
         notes = describe(kernels, device, dtype, width) if decision.backend == "triton" else (None, None)
         choices.append(Choice(op, decision.backend, decision.reason, *notes))
     return choices
 
 
-def decide(op: str, backend: object, given: Mapping[str, Facts]) -> Decision:
+def decide(op: str, backend: object, given: Given) -> Decision:
     """The choice for arguments of which this is known; raises as :func:`choose`."""
     if backend not in NAMES:
         raise ValueError(f"backend is {backend!r}, but it must be one of {', '.join(map(repr, NAMES))}")
@@ -162,11 +164,11 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def find_refusal(op: str, given: Mapping[str, Facts]) -> str | None:
+def find_refusal(op: str, given: Given) -> str | None:
     """Why the Triton kernels, which are there, cannot run on such arguments, or None."""
     kernels = OPS[op]
     name = kernels.arguments[0]
-    device, dtype, _ = given[name]
+    device, dtype = given[name].device, given[name].dtype
     if device.type == "cpu":
         from qstar_kernels.common.primitives import INTERPRETED
 
@@ -181,7 +183,7 @@ def find_refusal(op: str, given: Mapping[str, Facts]) -> str | None:
     if kernels.widths is not None:
         narrowest, widest = kernels.widths
         for argument in kernels.arguments:
-            width = given[argument].width
+            width = given[argument].shape[-1]
             if not narrowest <= width <= widest:
                 return f"{argument} has rows of {width} values, not {narrowest} to {widest}"
     return None
@@ -196,23 +198,24 @@ def implementation(folder: str, backend: str) -> ModuleType:
 
     The imports are statements, since torch's compiler follows no others.
     """
-    if (folder, backend) == ("thought_attention", "torch"):
+    place = f"{folder}.{backend}"
+    if place == "thought_attention.torch":
         from qstar_kernels.thought_attention import torch as attention_by_torch
 
         return attention_by_torch
-    if (folder, backend) == ("thought_attention", "triton"):
+    if place == "thought_attention.triton":
         from qstar_kernels.thought_attention import triton as attention_by_triton
 
         return attention_by_triton
-    if (folder, backend) == ("thought_attention", "gluon"):
+    if place == "thought_attention.gluon":
         from qstar_kernels.thought_attention.gluon import launches
 
         return launches
-    if (folder, backend) == ("lm_head", "torch"):
+    if place == "lm_head.torch":
         from qstar_kernels.lm_head import torch as head_by_torch
 
         return head_by_torch
-    if (folder, backend) == ("lm_head", "triton"):
+    if place == "lm_head.triton":
         from qstar_kernels.lm_head import triton as head_by_triton
 
         return head_by_triton

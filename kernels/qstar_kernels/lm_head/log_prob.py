@@ -220,6 +220,7 @@ def linear_log_prob(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; a target is neither in
             ``[0, V)`` nor ``ignore_index``, or it is forbidden; a named backend cannot run on these tensors.
+        RuntimeError: ``backend`` is "triton", which is installed but broken.
     """
     product_dtype = check_scored(
         hidden, weight, targets, bias, temperature, logit_scale, softcap, forbidden, ignore_index, product_dtype

@@ -78,6 +78,7 @@ def mix_hidden(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; a named backend cannot run
             on these tensors.
+        RuntimeError: ``backend`` is "triton", which is installed but broken.
     """
     check_tensor("thought", thought, "[R, E]", (None, None))
     rows, width = thought.shape

@@ -93,6 +93,7 @@ def sample_linear(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; a named backend cannot run
             on these tensors.
+        RuntimeError: ``backend`` is "triton", which is installed but broken.
     """
     product_dtype = check_head(hidden, weight, bias, forbidden, logit_scale, softcap, product_dtype)
     seed = integer_or_tensor("seed", seed, hidden.device)

@@ -114,6 +114,7 @@ def thought_attention(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value; a named backend cannot
             run on these tensors.
+        RuntimeError: ``backend`` is "triton", which is installed but broken.
     """
     check_tensor("q", q, "[B, Hq, N, C, D]", (None,) * 5)
     batch, _, positions, slots, width = q.shape
@@ -229,6 +230,7 @@ def thought_attention_step(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value; a named backend cannot
             run on these tensors.
+        RuntimeError: ``backend`` is "triton", which is installed but broken.
     """
     check_tensor("q", q, "[B, Hq, Nq, r, D]", (None,) * 5)
     batch, _, queries, rationales, width = q.shape

@@ -87,7 +87,7 @@ GRIDS = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("case", "change"), GRIDS.values(), ids=GRIDS)
-def test_attention(compared, case, change, dtype):
+def test_attention_runs_as_it_is_compiled(compared, case, change, dtype):
     inputs = attention_inputs(case, dtype)
     q, k, v = (change(x.detach().to(DEVICE)).requires_grad_() for x in inputs[:3])
     rules = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in inputs.rules.items()}
@@ -100,7 +100,7 @@ def test_attention(compared, case, change, dtype):
 
 @pytest.mark.parametrize("tokens", [0, 3, 15])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_attention_for_hopper(compared, dtype, tokens):
+def test_attention_in_gluon_runs_as_it_is_compiled(compared, dtype, tokens):
     inputs = attention_inputs(SMALL._replace(batch=2, tokens=tokens, positions=16), dtype)
     q, k, v = (x.detach().to(DEVICE).requires_grad_() for x in inputs[:3])
     with cases.all_for_hopper(64):
@@ -112,7 +112,7 @@ def test_attention_for_hopper(compared, dtype, tokens):
 
 @pytest.mark.parametrize("case", [SMALL, EVERY_RULE, ONE], ids=["plain", "every rule", "nothing but 1"])
 @pytest.mark.parametrize("step", [0, 1, torch.tensor(0), torch.tensor(0, dtype=torch.int32)], ids=repr)
-def test_step(compared, case, step):
+def test_the_step_runs_as_it_is_compiled(compared, case, step):
     inputs = attention_inputs(case, torch.bfloat16)
     q, k, v = (x.detach().to(DEVICE) for x in inputs[:3])
     thoughts = [x[:, :, :, 1:].unflatten(3, (case.rationales, case.tokens)) for x in (k, v)]
@@ -126,7 +126,7 @@ def test_step(compared, case, step):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows, vocabulary, width", [(7, 300, 24), (16, 2048, 16), (1, 1, 1)])
-def test_head(compared, rows, vocabulary, width, dtype):
+def test_scores_and_draws_run_as_they_are_compiled(compared, rows, vocabulary, width, dtype):
     torch.manual_seed(0)
     shapes = (rows, width), (vocabulary, width), (vocabulary,)
     hidden, weight, bias = (torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_() for shape in shapes)
@@ -147,7 +147,7 @@ def test_head(compared, rows, vocabulary, width, dtype):
 
 @pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize("rows, width, change", [(7, 40, unaligned), (16, 16, lambda x: x), (1, 1, far)])
-def test_mixing(compared, rows, width, change, indexed):
+def test_mixing_runs_as_it_is_compiled(compared, rows, width, change, indexed):
     base, thought, features = (change(torch.randn(rows, width, device=DEVICE)).requires_grad_() for _ in range(3))
     head_weight = torch.randn(width, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
     leaves = [base, thought, features, head_weight]

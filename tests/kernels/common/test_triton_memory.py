@@ -126,7 +126,7 @@ GRIDS = {
 
 
 @pytest.mark.parametrize("case", GRIDS.values(), ids=GRIDS)
-def test_attention(watched, case):
+def test_attention_stays_in_its_tensors(watched, case):
     inputs = attention_inputs(case, torch.float32)
     leaves = [apart(x.detach()).requires_grad_() for x in inputs.leaves]
     out = thought_attention(*leaves[:3], sinks=leaves[3] if case.sinks else None, **inputs.rules, backend="triton")
@@ -137,7 +137,7 @@ def test_attention(watched, case):
 
 @pytest.mark.parametrize("name", ["plain", "every rule", "a narrow window"])
 @pytest.mark.parametrize(("queries", "step"), [(9, 2), (4, 0)])
-def test_step(watched, name, queries, step):
+def test_the_step_stays_in_its_tensors(watched, name, queries, step):
     case = GRIDS[name]
     inputs = attention_inputs(case, torch.float32)
     q, k, v = (x.detach() for x in inputs[:3])
@@ -154,7 +154,7 @@ def test_step(watched, name, queries, step):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("indexed", [False, True])
-def test_mixing(watched, dtype, indexed):
+def test_mixing_stays_in_its_tensors(watched, dtype, indexed):
     rows, width = 5, 67
     base_index = torch.tensor([3, 0, 3, 3, 1]) if indexed else None
     base, thought, features = (apart(torch.randn(rows, width, dtype=dtype)).requires_grad_() for _ in range(3))
@@ -166,7 +166,7 @@ def test_mixing(watched, dtype, indexed):
 
 
 @pytest.mark.parametrize("vocabulary", [1, 131, 300])
-def test_head(watched, monkeypatch, vocabulary):
+def test_scores_and_draws_stay_in_their_tensors(watched, monkeypatch, vocabulary):
     monkeypatch.setattr(logits, "CPU_CHUNK_ROWS", 3)
     rows, width = 5, 7
     sizes = (rows, width), (vocabulary, width), (vocabulary,)
@@ -191,7 +191,7 @@ def test_gradients_in_the_place_of_the_logits(watched, dtype):
     assert watched == ["gradient_kernel"]
 
 
-def test_what_is_wrong_is_seen():
+def test_an_access_that_is_wrong_is_seen():
     x = torch.zeros(2, 5)
     first, last, beyond = (np.array([x[place].data_ptr()]) for place in ((0, 0), (1, 3), (0, 4)))
     watch, builder = LaunchWatch({"x": x[:, :4], "window": 3}), interpreter.interpreter_builder

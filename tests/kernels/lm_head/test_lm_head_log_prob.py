@@ -71,7 +71,7 @@ def test_results_and_gradients_are_the_references(small_chunks, options, bias, f
     options=st.sampled_from(OPTIONS),
 )
 @settings(deadline=None, derandomize=True, max_examples=40)
-def test_any_shape(rows, vocabulary, width, bias, return_entropy, options):
+def test_any_shape_equals_reference(rows, vocabulary, width, bias, return_entropy, options):
     tensors, targets = make_inputs(rows, vocabulary, width, bias=bias)
     upstream = torch.randn(2, rows, dtype=torch.float64)
     assert_equal_to_reference(tensors, targets, upstream, return_entropy=return_entropy, **options)
@@ -92,7 +92,7 @@ def test_lower_precisions_stay_within_the_rule(dtype, options, return_entropy):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_gradcheck(small_chunks, options):
+def test_gradients_are_those_of_finite_differences(small_chunks, options):
     tensors, targets = make_inputs(5, 23, 3)
     targets[2] = -1
     options = options | {"return_entropy": True, "ignore_index": -1}
@@ -121,7 +121,7 @@ def test_error_is_no_worse_than_eager():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 10.0])
-def test_signs(dtype, scale):
+def test_no_log_probability_is_above_0_and_no_entropy_below(dtype, scale):
     (hidden, weight), _ = make_inputs(500, 300, 32, dtype, bias=False, scale=scale)
     top = (hidden.float() @ weight.float().T).argmax(-1)
     log_prob, entropy = linear_log_prob(hidden, weight, top, return_entropy=True)

@@ -57,7 +57,7 @@ def test_lower_precisions_stay_within_the_rule(dtype, sigmoid):
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])
-def test_gradcheck(sigmoid):
+def test_gradients_are_those_of_finite_differences(sigmoid):
     tensors, base_index = make_inputs(5, 3, 4)
     assert torch.autograd.gradcheck(lambda *x: mix_hidden(*x, base_index=base_index, sigmoid=sigmoid), tensors)
 
@@ -101,7 +101,7 @@ def test_gradient_through_one_result_only():
         torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-13)
 
 
-def test_strided_inputs():
+def test_inputs_may_have_any_strides():
     tensors, _ = make_inputs(12, 12, 10)
     strided = [torch.stack([tensor.detach(), tensor.detach() * 7], -1)[..., 0] for tensor in tensors]
     base_index = torch.arange(24)[::2].flip(0) % 12

@@ -141,7 +141,7 @@ def test_the_weight_of_16_bit_states_may_be_a_master_copy():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_draws(narrow_products, backend):
+def test_draws_from_16_bit_products_are_those_of_exact_ones(narrow_products, backend):
     hidden, weight, _ = inputs()
     tokens, scores = sample_linear(hidden, weight, seed=3, product_dtype=torch.bfloat16, backend=backend)
     rounded = weight.bfloat16().float()

@@ -129,7 +129,7 @@ def test_a_ladder_of_uniforms_gives_every_token_its_share():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_chi_square_of_the_head(temperature):
+def test_draws_have_the_head_s_distribution(temperature):
     torch.manual_seed(0)
     z = torch.randn(300)
     rows = 60_000
@@ -142,7 +142,7 @@ def test_chi_square_of_the_head(temperature):
     assert abs(chi_square - freedom) < 4 * math.sqrt(2 * freedom)
 
 
-def test_mass_of_a_tail():
+def test_a_tail_of_small_probabilities_gets_its_mass():
     tail = torch.linspace(-12, -18, 100_000)
     z = torch.cat([torch.zeros(1), tail])
     rows = 5000
@@ -185,7 +185,7 @@ def test_tokens_and_log_probabilities_are_the_references(monkeypatch, options, f
     options=st.sampled_from(OPTIONS),
 )
 @settings(deadline=None, derandomize=True, max_examples=40)
-def test_any_shape_and_seed(rows, vocabulary, seed, step, options):
+def test_any_shape_and_seed_equal_reference(rows, vocabulary, seed, step, options):
     hidden, weight = make_inputs(rows, vocabulary, 5)
     tokens, log_prob = sample_linear(hidden, weight, seed=seed, step=step, **options)
     wanted = sample_linear(hidden, weight, seed=seed, step=step, backend="reference", **options)
@@ -299,7 +299,7 @@ def test_seed_step_and_row_each_change_the_draws():
     assert torch.equal(draw_many(z, 150, seed=1, row_offset=50), base[50:])
 
 
-def test_strided_inputs_and_autocast():
+def test_neither_strides_nor_autocast_change_a_draw():
     hidden, weight = make_exact_inputs(50, 300)
     wanted = sample_linear(hidden, weight, seed=3)
     strided = [torch.stack([tensor, tensor * 7], -1)[..., 0] for tensor in (hidden, weight)]
@@ -308,7 +308,7 @@ def test_strided_inputs_and_autocast():
     assert all(torch.equal(mine, plain) for mine, plain in zip(ours, wanted, strict=True))
 
 
-def test_no_gradient():
+def test_draws_have_no_gradient():
     hidden, weight = (tensor.requires_grad_() for tensor in make_inputs(5, 7, 3))
     for backend in ("torch", "reference"):
         _, log_prob = sample_linear(hidden, weight, seed=0, backend=backend)

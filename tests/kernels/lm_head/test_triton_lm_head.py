@@ -192,7 +192,7 @@ def test_gradients_take_the_place_of_the_logits(dtype, options):
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_signs(scale):
+def test_no_log_probability_is_above_0_and_no_entropy_below(scale):
     tensors, _ = head_inputs(9, 300, 16, bias=False)
     hidden, weight = tensors[0] * scale, tensors[1]
     top = (hidden @ weight.T).argmax(-1)
@@ -338,7 +338,7 @@ def test_draws_do_not_depend_on_chunks_tiles_or_processes(monkeypatch):
         assert torch.equal(one, torch.cat(several))
 
 
-def test_chi_square():
+def test_draws_have_the_head_s_distribution():
     rows, z = 120, torch.tensor([0.3, -0.5, 1.0, 0.0, 0.6], device=DEVICE)
     drawn = sample_linear(torch.ones(rows, 1, device=DEVICE), z[:, None], seed=11, backend="triton")[0]
     wanted = z.double().softmax(-1) * rows
@@ -346,7 +346,7 @@ def test_chi_square():
     assert chi_square < 18.5  # exceeded once in a thousand
 
 
-def test_mass_of_a_tail():
+def test_a_tail_of_small_probabilities_gets_its_mass():
     z = torch.cat([torch.zeros(1), torch.linspace(-12, -18, 100_000)]).to(DEVICE)
     rows = 2000 if ON_GPU else 120
     wide = launch.Tile(1, 4096 if ON_GPU else 131_072, 8, 1), launch.Tile(1, 512 if ON_GPU else 1024, 4, 1)

@@ -87,7 +87,7 @@ def results(case: AttentionCase, dtype=torch.bfloat16, strided=True):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_equals_reference(used, case):
+def test_gluon_equals_reference(used, case):
     ours, expected = results(case)
     assert {kernel for kernel in used if kernel is not launches.key_gradient_kernel} == {
         hopper.forward_kernel,
@@ -220,7 +220,7 @@ DOUBLE_CASES = {
 
 @pytest.mark.parametrize("keys", [64, 128])
 @pytest.mark.parametrize("case, splits", DOUBLE_CASES.values(), ids=DOUBLE_CASES)
-def test_exact_in_double(in_double, case, splits, keys):
+def test_gluon_is_exact_in_double(in_double, case, splits, keys):
     inputs = attention_inputs(case)
     do = attention_inputs(case, seed=1).q.detach()
     expected = run(inputs.leaves, inputs.rules, do, "reference")

@@ -61,7 +61,7 @@ def step_arguments(case: AttentionCase, step: int | None, step_index: Tensor | N
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_opcheck(case):
+def test_opcheck_of_the_packed_op(case):
     arguments = grid_arguments(case, strided=case is not CASES["plain"])
     opcheck(ops.thought_attention.default, arguments)
     arguments = detached(arguments)
@@ -104,7 +104,7 @@ def fresh_compiler():
 
 
 @either
-def test_compiles_in_one_graph(rules, fresh_compiler):
+def test_the_packed_op_compiles_in_one_graph(rules, fresh_compiler):
     inputs = attention_inputs(AttentionCase(**rules))
 
     def function(q, k, v, sinks=None):
@@ -124,6 +124,7 @@ def test_the_step_compiles_in_one_graph(rules, fresh_compiler):
     assert_compiles(function, step_leaves(case, 5), 0, 1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_keeps_the_layout(fresh_compiler):
     inputs = attention_inputs(AttentionCase(tokens=0, sinks=True))
@@ -160,7 +161,7 @@ def count_flops(function, leaves) -> tuple[int, int]:
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-def test_flops():
+def test_flops_of_the_packed_op_are_those_that_count():
     case = AttentionCase(1, 2, 1, positions=3, rationales=2, tokens=2, width=4, value_width=3)
     inputs = attention_inputs(case)
     pairs = 2 * (5 * (1 + 2 + 3) + 3 * 2 * (1 + 2))  # heads, (slots and keys of text, thoughts and their keys)
@@ -169,7 +170,7 @@ def test_flops():
     assert flops == (96 * 2 * (4 + 3), 96 * 2 * (3 * 4 + 2 * 3)) == (1344, 3456)
 
 
-def test_flops_of_the_step():
+def test_flops_of_the_step_are_those_that_count():
     case = AttentionCase(1, 2, 1, positions=3, rationales=2, tokens=3, width=4, value_width=3)
     leaves = step_leaves(case, 2)
     pairs = 2 * 2 * ((2 + 3) + 2 * 2)  # heads, rationales, (text of the last two positions, tokens 0 and 1)

@@ -64,7 +64,7 @@ def block_size(request, monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("rules", RULES, ids=str)
-def test_equals_reference(shape, rules, block_size):
+def test_torch_equals_reference(shape, rules, block_size):
     assert_same(attention_inputs(shape._replace(**rules)))
 
 
@@ -75,7 +75,7 @@ def test_equals_reference(shape, rules, block_size):
     window=st.none() | st.integers(2, 9), softcap=st.none() | st.floats(0.5, 5), sinks=st.booleans(),
     text_start=st.booleans(), strided=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
-def test_any_shape_equals_reference(kv_heads, group, strided, seed, **shape):
+def test_torch_equals_reference_in_any_shape(kv_heads, group, strided, seed, **shape):
     case = AttentionCase(heads=kv_heads * group, kv_heads=kv_heads, **shape)
     assert_same(attention_inputs(case, strided=strided, seed=seed))
 
@@ -97,7 +97,7 @@ def test_rounding_stays_within_the_rule(dtype, rules):
 
 
 @pytest.mark.parametrize("rules", [{}, {"window": 3, "softcap": 1.5, "sinks": True, "text_start": True}], ids=str)
-def test_gradcheck(rules):
+def test_gradients_are_those_of_finite_differences(rules):
     inputs = attention_inputs(AttentionCase(batch=1, positions=4, tokens=2, width=3, value_width=3)._replace(**rules))
 
     def op(q, k, v, sinks=None):
@@ -230,7 +230,7 @@ def test_rows_that_see_nothing(backend, sinks):
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("empty", [{"batch": 0}, {"positions": 0}], ids=str)
-def test_empty(backend, empty):
+def test_empty_grids_have_empty_results(backend, empty):
     case = AttentionCase(sinks=True)._replace(**empty)
     out, lse, grads = run(attention_inputs(case), backend=backend)
     assert out.shape == (case.batch, 4, case.positions, 4, 5) and lse.shape == out.shape[:-1]
@@ -253,7 +253,7 @@ def test_memory_is_linear_in_positions(monkeypatch):
         assert largest[2] <= 2.1 * largest[1] <= 4.5 * largest[0]
 
 
-def test_deterministic():
+def test_a_repeat_gives_the_same_bits():
     inputs = attention_inputs(AttentionCase(positions=33, width=16, value_width=16), torch.float32)
     first, second = run(inputs), run(inputs)
     assert torch.equal(first[0], second[0])
@@ -302,7 +302,7 @@ def test_lse_and_second_derivatives_are_refused():
         ({"backend": "cuda"}, ValueError, "backend is 'cuda', but it must be one of"),
     ],
 )
-def test_wrong_arguments(changes, error, message):
+def test_wrong_arguments_are_named(changes, error, message):
     inputs = attention_inputs(AttentionCase())
     arguments = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **changes}
     with pytest.raises(error, match=message):

@@ -63,7 +63,7 @@ def test_gradients_equal_reference(rules):
         assert_close(grad, expected_grad, gradient=True)
 
 
-def test_gradcheck():
+def test_gradients_are_those_of_finite_differences():
     case = CASE._replace(batch=1, positions=3, sinks=True)
     inputs = attention_inputs(case)
     arguments, _, _ = step_inputs(case, inputs, 2, 1, filler=0.0)
@@ -120,7 +120,7 @@ def test_step_may_be_a_tensor():
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("empty", ["batch", "queries"])
-def test_empty(empty, backend):
+def test_empty_steps_have_empty_results(empty, backend):
     case = CASE._replace(batch=0) if empty == "batch" else CASE
     inputs = attention_inputs(case)
     arguments, rules, _ = step_inputs(case, inputs, 0 if empty == "queries" else 6, 0)
@@ -145,14 +145,14 @@ def test_empty(empty, backend):
         ({"backend": "dense"}, ValueError, "backend is 'dense'"),
     ],
 )
-def test_wrong_arguments(changes, error, message):
+def test_wrong_arguments_are_named(changes, error, message):
     names = ("q", "k_text", "v_text", "k_thought", "v_thought", "step")
     arguments, _, _ = step_inputs(CASE, attention_inputs(CASE), 6, 1, 0.0)
     with pytest.raises(error, match=message):
         thought_attention_step(**{**dict(zip(names, arguments, strict=True)), **changes})
 
 
-def test_more_queries_than_text():
+def test_more_queries_than_text_are_refused():
     arguments, _, _ = step_inputs(CASE, attention_inputs(CASE), 6, 1, 0.0)
     q, k_text, v_text, *rest = arguments
     with pytest.raises(ValueError, match="q has 6 positions, but it must have at most the 4 of k_text"):

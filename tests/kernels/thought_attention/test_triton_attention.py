@@ -77,11 +77,11 @@ def assert_equals_reference(inputs, do=None):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_equals_reference(case):
+def test_triton_equals_reference(case):
     assert_equals_reference(attention_inputs(case, torch.float32))
 
 
-def test_equals_reference_without_shares(monkeypatch):
+def test_triton_equals_reference_without_shares(monkeypatch):
     monkeypatch.setattr(attention, "PROGRAMS", 0)
     assert_equals_reference(attention_inputs(SMALL, torch.float32))
 
@@ -93,7 +93,7 @@ def test_rounding_stays_within_the_rule(dtype, rules):
     assert_equals_reference(attention_inputs(case, dtype))
 
 
-def test_strides():
+def test_inputs_and_gradients_may_have_any_strides():
     case = SMALL._replace(positions=5, kv_heads=2)
     assert_equals_reference(attention_inputs(case, torch.float32, strided=False))
     inputs = attention_inputs(case, torch.float32)
@@ -103,7 +103,7 @@ def test_strides():
     assert_equals_reference(inputs._replace(k=shared, v=every_other))
 
 
-def test_strides_of_the_sinks():
+def test_sinks_may_have_any_strides():
     inputs = attention_inputs(SMALL._replace(heads=4, positions=5, sinks=True), torch.float32)
     assert_equals_reference(inputs._replace(sinks=inputs.sinks.detach().repeat_interleave(2)[::2]))
     assert_equals_reference(inputs._replace(sinks=inputs.sinks.detach()[:1].expand(4)))
@@ -205,7 +205,7 @@ def test_a_sink_that_is_not_there_learns_nothing(backend):
 
 
 @pytest.mark.parametrize("empty", [{"batch": 0}, {"positions": 0}], ids=str)
-def test_empty(empty):
+def test_empty_grids_have_empty_results(empty):
     inputs = on_device(attention_inputs(SMALL._replace(sinks=True, **empty), torch.float32))
     out, lse, grads = run(inputs, torch.ones(()))
     assert out.numel() == lse.numel() == 0

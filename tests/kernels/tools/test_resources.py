@@ -34,6 +34,8 @@ def compiled_cases(architecture: str) -> list:
     return list({replace(case, width=0): case for case in cases}.values())
 
 
+@pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.parametrize("architecture", launch.TARGETS)
 def test_every_tile_compiles_and_fits(architecture):
     cases = compiled_cases(architecture)
@@ -67,6 +69,8 @@ def test_what_is_wrong_is_told_with_the_case(case, found, complaint):
         assert all(word in lines[0] for word in ("forward", case.architecture, case.dtype, "128x64, 8 warps, 3 stages"))
 
 
+@pytest.mark.slow
+@pytest.mark.compiles
 def test_a_tile_that_does_not_compile_or_fit_is_found():
     small = replace(CASE, kernel="own_gradient", width=16)
     bad = [replace(small, tile=launch.Tile(48, 64, 4, 1)), replace(small, width=256, tile=launch.Tile(64, 64, 4, 2))]
