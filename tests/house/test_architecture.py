@@ -77,6 +77,8 @@ def declared_packages() -> set[str]:
 def complaint_about_op(path: Path, tree: ast.AST, found: Import, ops: set[str]) -> str | None:
     """Why a file of ``kernels/`` must not import this, if so; ``path`` is relative to the package."""
     package, *rest = found.name.split(".")
+    if package == "triton" and rest[:1] == ["experimental"]:
+        return None if "gluon" in path.parts else "only kernels in Gluon need what is experimental in Triton"
     if package in ("torch", "triton") or package in sys.stdlib_module_names:
         return None
     if package != "qstar_kernels":
@@ -204,6 +206,7 @@ def test_every_file_can_be_read_in_one_sitting():
         ),
         ("kernels/qstar_kernels/mix/gluon/forward.py", "import qstar_kernels.mix.triton.forward", "backends do not"),
         ("kernels/qstar_kernels/common/primitives.py", "import qstar_kernels.mix.op", "nothing but itself"),
+        ("kernels/qstar_kernels/common/launch.py", "from triton.experimental import gluon", "only kernels in Gluon"),
         ("kernels/qstar_kernels/common/primitives.py", "import qstar_kernels.backends", "nothing but itself"),
         ("kernels/qstar_kernels/backends.py", "from qstar_kernels.mix import triton", "imports no op"),
         ("kernels/qstar_kernels/reference.py", "from qstar_kernels.mix import mix", "imports no op"),

@@ -1,4 +1,4 @@
-"""The mixing head's last layer and interpolation in plain PyTorch."""
+"""The mixing head's last layer and interpolation in plain PyTorch; the equations are in ``../mix.py``."""
 
 from __future__ import annotations
 
