@@ -16,7 +16,7 @@ BACKENDS = ["torch"]
 try:
     from qstar_kernels.lm_head.triton import rows as rows_by_triton
 
-    BACKENDS.append("triton")
+    BACKENDS.append(pytest.param("triton", marks=pytest.mark.slow))  # in the interpreter
 except ModuleNotFoundError:
     rows_by_triton = None
 

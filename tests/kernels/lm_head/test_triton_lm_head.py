@@ -256,6 +256,7 @@ def collected(monkeypatch):
         monkeypatch.setattr(module, "run_all", run_and_collect)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [8, 20])
 @pytest.mark.parametrize("op", ["two passes", "one pass", "draws"])
 def test_one_chunk_of_logits_whatever_the_number_of_rows(monkeypatch, collected, rows, op):

@@ -86,6 +86,7 @@ def results(case: AttentionCase, dtype=torch.bfloat16, strided=True):
     return [x.cpu() for x in ours], run(exact, inputs.rules, do, "reference")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_gluon_equals_reference(used, case):
     ours, expected = results(case)
@@ -131,6 +132,7 @@ def test_a_thought_reaches_no_other_position(used):
     assert torch.equal(before, after)
 
 
+@pytest.mark.slow
 def test_a_repeat_gives_the_same_bits(used, monkeypatch):
     monkeypatch.setattr(emulator.Program, "seed", 0, raising=False)
     first, _ = results(SMALL)
@@ -218,6 +220,7 @@ DOUBLE_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [64, 128])
 @pytest.mark.parametrize("case, splits", DOUBLE_CASES.values(), ids=DOUBLE_CASES)
 def test_gluon_is_exact_in_double(in_double, case, splits, keys):

@@ -168,6 +168,7 @@ def test_other_thoughts_and_later_text_have_no_influence():
         assert not torch.equal(x[:, :, ~keep], y[:, :, ~keep])
 
 
+@pytest.mark.slow
 def test_repeats_bit_for_bit():
     case = CASES["all rules"] if ON_GPU else SMALL._replace(positions=3, tokens=2, window=3, softcap=2.0, sinks=True)
     inputs = on_device(attention_inputs(case, torch.float32))
