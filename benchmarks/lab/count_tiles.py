@@ -15,10 +15,10 @@ import torch
 
 from bench_thought_attention import GPU_CASES
 from peers.attention_cases import Work
-from qstar_kernels.launch import TARGETS, Tile
+from qstar_kernels.common.launch import TARGETS, Tile
 from qstar_kernels.testing import AttentionCase
-from qstar_kernels.thought_attention.hopper.launches import TILES
-from qstar_kernels.thought_attention.tiles import find_tile
+from qstar_kernels.thought_attention.gluon.launches import TILES
+from qstar_kernels.thought_attention.triton.tiles import find_tile
 
 
 def pairs_by_rows(case: AttentionCase, tile: Tile) -> int:

@@ -28,7 +28,7 @@ from qstar_kernels import (
     thought_attention,
     thought_attention_step,
 )
-from qstar_kernels.launch import Launch, architecture_of
+from qstar_kernels.common.launch import Launch, architecture_of
 from qstar_kernels.testing import AttentionCase, attention_inputs
 from qstar_kernels.thought_attention.cases import all_for_hopper
 

@@ -19,13 +19,13 @@ MOST_WORKERS = 12  # processes that share the tests, since compiling takes most 
 SETTLING = 30  # seconds before a stage is killed from which a benchmark starts nothing new
 TESTS = (
     "gpu/test_on_a_gpu.py",
-    "kernels/test_hopper_attention.py",
-    "kernels/test_triton_attention.py",
-    "kernels/test_triton_lm_head.py",
-    "kernels/test_lm_head_product_dtype.py",
+    "kernels/thought_attention/test_gluon_attention.py",
+    "kernels/thought_attention/test_triton_attention.py",
+    "kernels/lm_head/test_triton_lm_head.py",
+    "kernels/lm_head/test_lm_head_product_dtype.py",
     "benchmarks/peers/test_epilogue_sampling.py",
     "benchmarks/lab/test_ranges.py",
-    "kernels/test_tune.py",
+    "kernels/tools/test_tune.py",
 )  # those that take a GPU where there is one
 KERNELS, DTYPES = ("attention", "rules", "head"), ("bfloat16", "float32")
 PARTS = (*map("-".join, product(KERNELS, DTYPES)), "hopper-bfloat16")  # of lab/every_kernel.py
@@ -145,7 +145,7 @@ def read_sanitizer(_: Room, logs: list[str]) -> dict[str, Any]:
 
 
 def tune_commands(op: str, *options: str) -> Callable[[Room], list[Command]]:
-    command = ("-m", "qstar_kernels.tune", "--op", op, "--dtypes", "bfloat16", *options)
+    command = ("-m", "qstar_kernels.tools.tune", "--op", op, "--dtypes", "bfloat16", *options)
     return lambda room: [python(*command, "--write", room.out / f"tiles-{op}.json")]
 
 

@@ -14,12 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qstar_kernels.launch import Launch, Tile, run_all
-from qstar_kernels.lm_head.fused import TILE, signed
-from qstar_kernels.lm_head.row_kernels import LOWEST, at_most_zero
-from qstar_kernels.lm_head.sample_kernels import count_quanta, count_row, find_top, pick_tile, row_uniforms, threshold
-from qstar_kernels.lm_head.tiles import RowTile
-from qstar_kernels.primitives import operand
+from qstar_kernels.common.launch import Launch, Tile, run_all
+from qstar_kernels.common.primitives import operand
+from qstar_kernels.lm_head.logits import TILE
+from qstar_kernels.lm_head.triton.draws import signed
+from qstar_kernels.lm_head.triton.row_kernels import LOWEST, at_most_zero
+from qstar_kernels.lm_head.triton.sample_kernels import (
+    count_quanta,
+    count_row,
+    find_top,
+    pick_tile,
+    row_uniforms,
+    threshold,
+)
+from qstar_kernels.lm_head.triton.tiles import RowTile
 
 STEP_BYTES = 128  # of a row of hidden or weight that a step of the product takes
 ROW_TILES = 8  # neighbouring programs share their columns, and few enough rows to stay in the cache

@@ -2,13 +2,16 @@
 
 Thought attention (every thought token sees its own prefix of the text and its own earlier thought
 tokens), the interpolation of the mixing head, and the language-model head (log-probabilities and
-sampling) without ever holding all logits. Each op takes ``backend="auto" | "reference" | "torch" | "triton"``.
+sampling) without ever holding all logits. Each op takes ``backend="auto" | "reference" | "torch" | "triton"``;
+:func:`explain` says what ``"auto"`` is on a device, and why.
 """
 
+from qstar_kernels.backends import explain
 from qstar_kernels.lm_head import linear_log_prob, linear_log_prob_sum, mix_hidden, sample_linear
 from qstar_kernels.thought_attention import thought_attention, thought_attention_step
 
 __all__ = [
+    "explain",
     "linear_log_prob",
     "linear_log_prob_sum",
     "mix_hidden",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qstar_kernels.random_bits import row_uniforms
+from qstar_kernels.common.random_bits import row_uniforms
 
 
 def thought_visibility(

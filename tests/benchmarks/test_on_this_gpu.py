@@ -170,8 +170,8 @@ def test_every_kernel_is_launched_for_the_sanitizer():
     with every_kernel.counted() as counts:
         every_kernel.attend(small, torch.float32, device)
         every_kernel.PARTS["head-float32"](device)
-    places = ("thought_attention.forward", "thought_attention.backward", "thought_attention.step")
-    places += ("lm_head.mix_kernels", "lm_head.row_kernels", "lm_head.sample_kernels")
+    places = ("thought_attention.triton.forward", "thought_attention.triton.backward", "thought_attention.triton.step")
+    places += ("lm_head.triton.mix_kernels", "lm_head.triton.row_kernels", "lm_head.triton.sample_kernels")
     modules = [import_module(f"qstar_kernels.{place}") for place in places] + [import_module("peers.epilogue_sampling")]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert set(counts) == kernels and min(counts.values()) > 0

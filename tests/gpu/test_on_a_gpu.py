@@ -16,7 +16,7 @@ from qstar.thinking import Thinking, read_text, think
 from qstar_kernels import sample_linear, thought_attention, thought_attention_step
 from qstar_kernels.testing import AttentionCase, attention_inputs, relative_error
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 LLAMA_LIKE = AttentionCase(batch=2, heads=32, kv_heads=8, positions=512, tokens=16, width=128, value_width=128)
 

@@ -1,14 +1,17 @@
-"""The arrows between the rooms: benchmarks, tests -> qstar -> public ops -> one op's folder -> shared words.
+"""The arrows between the rooms: benchmarks, tests -> qstar -> public ops -> one op's folder -> common.
 
-ruff's banned-api holds those that it can express; here all of them are read from the syntax trees.
+ruff's banned-api holds those that it can express; here all of them are read from the syntax trees. And what else a
+reader may rely on: no import goes in a circle, and no file is long.
 """
 
 import ast
 import functools
+import graphlib
 import importlib.metadata
 import sys
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from packaging.requirements import Requirement
@@ -16,25 +19,39 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = Path("kernels/qstar_kernels")
-COMMANDS = (Path("resources.py"), Path("tune.py"))  # what a developer runs on the kernels of every op
+SHARED = ("common", "tools")  # the rooms of kernels/ that are no op's
+BACKENDS = ("torch", "triton", "gluon")  # the rooms of an op
+CHOOSER = Path("backends.py")
+LONGEST = 400  # lines of a file
 
 
-def imported_names(tree: ast.AST) -> list[tuple[int, str]]:
-    """Line and full dotted name of everything imported, wherever in the file: ``from a import b`` is ``a.b``."""
-    names = []
-    for node in ast.walk(tree):
+class Import(NamedTuple):
+    """Something imported, by its full dotted name: ``from a import b`` is ``a.b``; ``late`` inside a function."""
+
+    line: int
+    name: str
+    late: bool
+
+
+def imports(tree: ast.AST, late: bool = False) -> list[Import]:
+    """Everything imported, wherever in the file but for the type checker alone."""
+    found = []
+    for node in ast.iter_child_nodes(tree):
         match node:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                continue
             case ast.Import():
-                names += [(node.lineno, alias.name) for alias in node.names]
+                found += [Import(node.lineno, alias.name, late) for alias in node.names]
             case ast.ImportFrom():
                 module = "." * node.level + (node.module or "")
-                names += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
+                found += [Import(node.lineno, f"{module}.{alias.name}", late) for alias in node.names]
             case ast.Call(
                 func=ast.Name(id="import_module" | "__import__") | ast.Attribute(attr="import_module"),
                 args=[ast.Constant(value=str(name)), *_],
             ):
-                names.append((node.lineno, name))
-    return names
+                found.append(Import(node.lineno, name, late))
+        found += imports(node, late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+    return found
 
 
 def public_ops(root: Path) -> set[str]:
@@ -57,26 +74,44 @@ def declared_packages() -> set[str]:
     }
 
 
-def complaint_about_op(path: Path, tree: ast.AST, name: str, ops: set[str]) -> str | None:
-    """Why a file of ``kernels/`` must not import ``name``, if so; ``path`` is relative to the package."""
-    package, *rest = name.split(".")
+def complaint_about_op(path: Path, tree: ast.AST, found: Import, ops: set[str]) -> str | None:
+    """Why a file of ``kernels/`` must not import this, if so; ``path`` is relative to the package."""
+    package, *rest = found.name.split(".")
+    if package == "triton" and rest[:1] == ["experimental"]:
+        return None if "gluon" in path.parts else "only kernels in Gluon need what is experimental in Triton"
     if package in ("torch", "triton") or package in sys.stdlib_module_names:
         return None
     if package != "qstar_kernels":
         return "the ops import torch and Triton only"
-    target = rest[0] if rest else ""
-    own_op = path.parts[0] if path.parts[0] in ops else None
-    for_tests = path.name == "testing.py"
-    if path in COMMANDS and rest[1:2] == ["cases"]:
-        return None
+    room, target = path.parts[0], rest[0] if rest else ""
     if target == "testing":
         return "cases and tolerances are for tests and benchmarks"
-    if target == "reference" and not for_tests:
-        chooses = any(isinstance(node, ast.Name) and node.id == "choose_backend" for node in ast.walk(tree))
-        return None if chooses else "only the file that chooses the backend knows the reference"
-    if target in ops and target != own_op and path != Path("__init__.py") and not for_tests:
-        return "ops do not import each other" if own_op else "what the ops share imports no op"
-    return None
+    if path.name == "testing.py" or path == Path("__init__.py"):
+        return None
+    if target == "reference":
+        chooses = any(isinstance(node, ast.Name) and node.id == "choose" for node in ast.walk(tree))
+        return None if chooses else "only a file that chooses a backend knows the reference"
+    if room == "common" and target != "common":
+        return "what the ops share imports nothing but itself"
+    if target == "tools" and room != "tools":
+        return "commands are for people"
+    if target in ops and target != room:
+        if path == CHOOSER and found.late:
+            return None
+        if room == "tools" and rest[1:2] == ["cases"]:
+            return None
+        return "ops do not import each other" if room in ops else "what the ops share imports no op"
+    return complaint_about_backend(path, rest[1]) if target in ops and rest[1:] else None
+
+
+def complaint_about_backend(path: Path, target: str) -> str | None:
+    """Why a file of an op's folder must not import ``target`` of the same folder, if so."""
+    backend = path.parts[1] if len(path.parts) > 2 else None
+    if target not in BACKENDS or target == backend or path.name == "cases.py":
+        return None
+    if backend is not None:
+        return "backends do not import each other"
+    return None if target == "torch" else "only backends.py knows what needs Triton"
 
 
 def complaint_about_model(name: str, public: set[str], declared: set[str]) -> str | None:
@@ -90,23 +125,63 @@ def complaint_about_model(name: str, public: set[str], declared: set[str]) -> st
 
 
 def broken_arrows(root: Path) -> list[str]:
-    ops = {folder.parent.name for folder in (root / KERNELS).glob("*/__init__.py")}
+    ops = {folder.parent.name for folder in (root / KERNELS).glob("*/__init__.py")} - set(SHARED)
     public, declared = public_ops(root), declared_packages()
     broken = []
     for path in sorted([*(root / KERNELS).rglob("*.py"), *(root / "qstar").rglob("*.py")]):
         tree = ast.parse(path.read_text())
-        for line, name in imported_names(tree):
+        for found in imports(tree):
             if path.is_relative_to(root / KERNELS):
-                complaint = complaint_about_op(path.relative_to(root / KERNELS), tree, name, ops)
+                complaint = complaint_about_op(path.relative_to(root / KERNELS), tree, found, ops)
             else:
-                complaint = complaint_about_model(name, public, declared)
+                complaint = complaint_about_model(found.name, public, declared)
             if complaint:
-                broken.append(f"{path.relative_to(root)}:{line} imports {name}: {complaint}")
+                broken.append(f"{path.relative_to(root)}:{found.line} imports {found.name}: {complaint}")
     return broken
+
+
+def import_graph(folder: Path) -> dict[str, set[str]]:
+    """The modules of a package, and which of them each imports when it is imported itself."""
+    files = {".".join(path.relative_to(folder.parent).with_suffix("").parts): path for path in folder.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    graph = {}
+    for module, path in modules.items():
+        names = [found.name for found in imports(ast.parse(path.read_text())) if not found.late]
+        graph[module] = {x for name in names for x in (name, name.rpartition(".")[0]) if x in modules}
+        graph[module] -= {name.rpartition(".")[0] for name in names if name in modules}  # a package that holds it
+    return graph
 
 
 def test_the_arrows_hold():
     assert broken_arrows(ROOT) == []
+
+
+@pytest.mark.parametrize("package", [KERNELS], ids=str)
+def test_no_import_goes_in_a_circle(package):
+    graph = import_graph(ROOT / package)
+    assert len(graph) > 20 and any(graph.values())
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_a_circle_of_imports_is_seen(tmp_path):
+    package = tmp_path / "ring"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "a.py").write_text("from ring.b import x")
+    (package / "b.py").write_text("from ring import c")
+    (package / "c.py").write_text("def f():\n    import ring.a")
+    assert import_graph(package) == {"ring": set(), "ring.a": {"ring.b"}, "ring.b": {"ring.c"}, "ring.c": set()}
+    graphlib.TopologicalSorter(import_graph(package)).prepare()
+    (package / "c.py").write_text("import ring.a")
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(import_graph(package)).prepare()
+
+
+def test_every_file_can_be_read_in_one_sitting():
+    files = [path for room in ("qstar", "kernels", "benchmarks", "tests") for path in (ROOT / room).rglob("*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert len(lengths) > 100
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST} == {}
 
 
 @pytest.mark.parametrize(
@@ -118,10 +193,24 @@ def test_the_arrows_hold():
         ("kernels/qstar_kernels/mix/op.py", "from qstar_kernels.rotate import op", "import each other"),
         ("kernels/qstar_kernels/mix/op.py", "from qstar_kernels import rotate", "import each other"),
         ("kernels/qstar_kernels/mix/op.py", "import qstar_kernels.testing", "for tests and benchmarks"),
-        ("kernels/qstar_kernels/mix/forward.py", "from qstar_kernels import reference", "knows the reference"),
-        ("kernels/qstar_kernels/primitives.py", "import qstar_kernels.mix.op", "imports no op"),
+        ("kernels/qstar_kernels/mix/op.py", "from qstar_kernels.tools import tune", "for people"),
+        ("kernels/qstar_kernels/mix/op.py", "from qstar_kernels.mix.triton import forward", "only backends.py knows"),
+        ("kernels/qstar_kernels/mix/op.py", "def f():\n    import qstar_kernels.mix.gluon", "only backends.py knows"),
+        ("kernels/qstar_kernels/mix/torch/mixing.py", "from qstar_kernels import reference", "knows the reference"),
+        ("kernels/qstar_kernels/mix/torch/mixing.py", "import qstar_kernels.mix.triton.forward", "backends do not"),
+        ("kernels/qstar_kernels/mix/triton/forward.py", "from qstar_kernels.mix import torch", "backends do not"),
+        (
+            "kernels/qstar_kernels/mix/triton/forward.py",
+            "def f():\n    import qstar_kernels.mix.gluon",
+            "backends do not",
+        ),
+        ("kernels/qstar_kernels/mix/gluon/forward.py", "import qstar_kernels.mix.triton.forward", "backends do not"),
+        ("kernels/qstar_kernels/common/primitives.py", "import qstar_kernels.mix.op", "nothing but itself"),
+        ("kernels/qstar_kernels/common/launch.py", "from triton.experimental import gluon", "only kernels in Gluon"),
+        ("kernels/qstar_kernels/common/primitives.py", "import qstar_kernels.backends", "nothing but itself"),
+        ("kernels/qstar_kernels/backends.py", "from qstar_kernels.mix import triton", "imports no op"),
         ("kernels/qstar_kernels/reference.py", "from qstar_kernels.mix import mix", "imports no op"),
-        ("kernels/qstar_kernels/tune.py", "from qstar_kernels.mix import mix", "imports no op"),
+        ("kernels/qstar_kernels/tools/tune.py", "from qstar_kernels.mix import mix", "imports no op"),
         ("qstar/model.py", "from qstar_kernels.mix.op import mix", "public ops only"),
         ("qstar/model.py", "from qstar_kernels import reference", "public ops only"),
         ("qstar/model.py", "import importlib\nimportlib.import_module('benchmarks.common')", "does not declare"),
@@ -133,13 +222,20 @@ def test_every_broken_arrow_is_seen(tmp_path, path, source, complaint):
     allowed = {
         "kernels/qstar_kernels/__init__.py": "from qstar_kernels.mix import mix\n__all__ = ['mix']",
         "kernels/qstar_kernels/mix/__init__.py": "from qstar_kernels.mix.op import mix",
-        "kernels/qstar_kernels/mix/op.py": "import math, torch\nfrom qstar_kernels import primitives, reference\n"
-        "from qstar_kernels.arguments import choose_backend\nchoose_backend('auto')",
-        "kernels/qstar_kernels/mix/forward.py": "import triton.language as tl",
+        "kernels/qstar_kernels/mix/op.py": "import math, torch\nfrom qstar_kernels import reference\n"
+        "from qstar_kernels.backends import choose\nfrom qstar_kernels.mix import torch as by_torch\nchoose('auto')",
+        "kernels/qstar_kernels/mix/cases.py": "from qstar_kernels.mix.gluon import forward",
+        "kernels/qstar_kernels/mix/torch/mixing.py": "from qstar_kernels.mix.rules import Rules",
+        "kernels/qstar_kernels/mix/triton/forward.py": "import triton.language as tl\n"
+        "from qstar_kernels.backends import find_gluon\nfrom qstar_kernels.common import primitives",
+        "kernels/qstar_kernels/mix/gluon/forward.py": "from triton.experimental import gluon",
         "kernels/qstar_kernels/rotate/__init__.py": "",
-        "kernels/qstar_kernels/primitives.py": "import triton",
-        "kernels/qstar_kernels/reference.py": "import torch",
-        "kernels/qstar_kernels/resources.py": "from qstar_kernels.mix import cases\nimport qstar_kernels.mix.cases",
+        "kernels/qstar_kernels/backends.py": "def load():\n    from qstar_kernels.mix import triton",
+        "kernels/qstar_kernels/common/__init__.py": "",
+        "kernels/qstar_kernels/common/primitives.py": "import triton",
+        "kernels/qstar_kernels/reference.py": "import torch\nfrom qstar_kernels.common import random_bits",
+        "kernels/qstar_kernels/tools/__init__.py": "",
+        "kernels/qstar_kernels/tools/tune.py": "from qstar_kernels.mix import cases\nimport qstar_kernels.mix.cases",
         "kernels/qstar_kernels/testing.py": "from qstar_kernels import reference\nfrom qstar_kernels.mix import mix",
         "qstar/model.py": "import transformers\nfrom qstar_kernels import mix\nfrom qstar import grid",
     }

@@ -126,7 +126,7 @@ except ValueError as error:
     print(error)
 """
     *modules, result, message = python("-c", code, cwd=tmp_path).splitlines()
-    assert {"runs qstar_kernels.reference", "needs Triton qstar_kernels.primitives"} <= set(modules)
+    assert {"runs qstar_kernels.reference", "needs Triton qstar_kernels.common.primitives"} <= set(modules)
     assert float(result) == 96
     assert re.search("backend is 'triton'.*not installed", message)
 

@@ -9,10 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qstar_kernels.launch import Launch, Tile
-from qstar_kernels.lm_head import fused, linear_log_prob, mix_hidden, sample_linear
-from qstar_kernels.lm_head.logits import LogitMap
-from qstar_kernels.lm_head.tiles import ANY_WIDTH, KERNELS, TABLE, WIDTHS
+from qstar_kernels.common.launch import Launch, Tile
+from qstar_kernels.lm_head import linear_log_prob, mix_hidden, sample_linear
+from qstar_kernels.lm_head.logits import TILE, LogitMap
+from qstar_kernels.lm_head.triton import mixing
+from qstar_kernels.lm_head.triton.draws import Draws
+from qstar_kernels.lm_head.triton.rows import COLUMN_MULTIPLE, Rows
+from qstar_kernels.lm_head.triton.tiles import ANY_WIDTH, KERNELS, TABLE, WIDTHS
 
 __all__ = ["KERNELS", "TABLE", "WIDTHS", "Shape", "build_launch", "candidates", "errors", "largest_served", "rivals"]
 
@@ -65,24 +68,24 @@ def build_launch(
         index = torch.arange(shape.rows, device=device) * shape.base_rows // shape.rows
         if kernel == "mix":
             mixed = torch.empty_like(thought)
-            return fused.mix_launch(
+            return mixing.mix_launch(
                 base, thought, states(shape.rows), head_weight, index, rules, mixed, values(), architecture
             )
         d_mixed = states(shape.rows)
         if kernel == "mix_gradient":
             given = (d_mixed, values() if rules else None, base, thought, head_weight, index, values(), rules)
             grads = torch.empty_like(thought), torch.empty_like(thought), values()
-            return fused.mix_gradient_launch(*given, *grads, architecture)
+            return mixing.mix_gradient_launch(*given, *grads, architecture)
         order = torch.arange(shape.rows, device=device)
         ends = torch.searchsorted(index, torch.arange(shape.base_rows, device=device), right=True)
-        return fused.base_gradient_launch(d_mixed, values(), order, ends, torch.empty_like(base), architecture)
+        return mixing.base_gradient_launch(d_mixed, values(), order, ends, torch.empty_like(base), architecture)
 
     weight = states(shape.vocabulary)
     bias = torch.zeros(shape.vocabulary, dtype=dtype, device=device) if rules else None
     forbidden = torch.arange(1, device=device) if rules else None
     logit_map = LogitMap(0.7, 1.3, 30.0) if rules else LogitMap(1.0, 1.0, None)
-    head = fused.TritonRows(weight, bias, forbidden, logit_map, architecture)
-    multiple = fused.TILE if kernel in DRAWING else fused.COLUMN_MULTIPLE
+    head = Rows(weight, bias, forbidden, logit_map, architecture)
+    multiple = TILE if kernel in DRAWING else COLUMN_MULTIPLE
     y = torch.randn(shape.rows, -(-shape.vocabulary // multiple) * multiple, device=device)
     extra = values() if rules else None
     if kernel == "score":
@@ -91,7 +94,7 @@ def build_launch(
         d_logits = y.view(dtype)[:, : shape.vocabulary]
         return head.gradient_launch(y, values(torch.int64), values(), extra, extra, values(), d_logits)
     step = torch.zeros((), dtype=torch.int64, device=device) if rules else 3
-    draws = fused.TritonDraws(head, logit_map, 1.0, 2**40, step)
+    draws = Draws(head, logit_map, 1.0, 2**40, step)
     return draws.launches(y, 0, values(torch.int64), values())[kernel == "draw"]
 
 

@@ -1,19 +1,20 @@
 """Log-probabilities of tokens under a linear head, never holding all logits.
 
-The backward makes each chunk's logits again; ``rows.py`` has what happens to them. Log-probability and normaliser come
-from the same values, so that no log-probability exceeds 0.
+The backward makes each chunk's logits again; each backend's ``rows.py`` has what happens to them. Log-probability and
+normaliser come from the same values, so that no log-probability exceeds 0.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qstar_kernels import reference
-from qstar_kernels.arguments import check_alike, check_integer, check_number, check_tensor, choose_backend
+from qstar_kernels.backends import choose
+from qstar_kernels.common.arguments import check_alike, check_integer, check_number, check_tensor
 from qstar_kernels.lm_head.logits import (
     LEAST_TEMPERATURE,
     LogitMap,
@@ -22,11 +23,11 @@ from qstar_kernels.lm_head.logits import (
     check_head,
     check_targets,
     logit_chunks,
+    make_rows,
     product,
     rows_of,
     without_autocast,
 )
-from qstar_kernels.lm_head.rows import make_rows, triton_refusal
 
 
 class HeadGradients(NamedTuple):
@@ -119,6 +120,60 @@ def check_scored(
     return product_dtype
 
 
+@overload
+def linear_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    forbidden: Tensor | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+    product_dtype: torch.dtype | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    forbidden: Tensor | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[True],
+    product_dtype: torch.dtype | None = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    forbidden: Tensor | None = ...,
+    ignore_index: int = ...,
+    return_entropy: bool,
+    product_dtype: torch.dtype | None = ...,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def linear_log_prob(
     hidden: Tensor,
     weight: Tensor,
@@ -165,13 +220,14 @@ def linear_log_prob(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; a target is neither in
             ``[0, V)`` nor ``ignore_index``, or it is forbidden; a named backend cannot run on these tensors.
+        RuntimeError: ``backend`` is "triton", which is installed but broken.
     """
     product_dtype = check_scored(
         hidden, weight, targets, bias, temperature, logit_scale, softcap, forbidden, ignore_index, product_dtype
     )
     scored = targets != ignore_index
     (count,) = check_targets(weight.shape[0], targets, forbidden, ignore_index, scored)
-    chosen = choose_backend(backend, on_gpu=hidden.is_cuda, triton_refusal=lambda: triton_refusal("hidden", hidden))
+    chosen = choose("linear_log_prob", backend, hidden=hidden)
     if chosen == "reference":
         with without_autocast(hidden):
             return reference.linear_log_prob(

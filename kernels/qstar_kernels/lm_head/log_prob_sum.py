@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qstar_kernels.arguments import check_alike, check_tensor, choose_backend
+from qstar_kernels.backends import choose
+from qstar_kernels.common.arguments import check_alike, check_tensor
 from qstar_kernels.lm_head.log_prob import check_scored, differentiate, linear_log_prob, score_rows
-from qstar_kernels.lm_head.logits import LogitMap, accumulator_dtype, check_targets, rows_of
-from qstar_kernels.lm_head.rows import make_rows, triton_refusal
+from qstar_kernels.lm_head.logits import LogitMap, accumulator_dtype, check_targets, make_rows, rows_of
 
 FLOAT16_HEADROOM = 8  # bits by which a weight exceeds what gradients are multiples of
 
@@ -102,7 +102,7 @@ def linear_log_prob_sum(
     check_tensor("row_weight", row_weight, "[R]", (hidden.shape[0],), (accumulator_dtype(hidden),))
     check_alike("row_weight", row_weight, "hidden", hidden, dtype=False)
     row_weight = row_weight.detach()
-    chosen = choose_backend(backend, on_gpu=hidden.is_cuda, triton_refusal=lambda: triton_refusal("hidden", hidden))
+    chosen = choose("linear_log_prob_sum", backend, hidden=hidden)
     differentiates = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     if chosen == "reference" or not differentiates:
         log_prob = linear_log_prob(

@@ -14,53 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qstar_kernels import reference
-from qstar_kernels.arguments import check_alike, check_tensor, choose_backend
-from qstar_kernels.lm_head.logits import accumulator_dtype, without_autocast
-from qstar_kernels.lm_head.rows import triton_refusal
-
-
-def _gather(base: Tensor, base_index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return (base if base_index is None else base[base_index]).to(dtype)
-
-
-def _sum_by_index(rows: Tensor, index: Tensor, size: int) -> Tensor:
-    """``out[index[i]] += rows[i]`` in an order that does not change from run to run."""
-    out = rows.new_zeros(size, rows.shape[1])
-    if rows.is_cuda:  # index_add_ is atomic there; index_put_ sorts
-        return out.index_put_((index,), rows, accumulate=True)
-    return out.index_add_(0, index, rows)
-
-
-def _mix(base, thought, features, head_weight, base_index, sigmoid) -> tuple[Tensor, Tensor]:
-    dtype = accumulator_dtype(thought)
-    w = features.to(dtype) @ head_weight.to(dtype)
-    if sigmoid:
-        w = w.sigmoid_()
-    u = _gather(base, base_index, dtype)
-    mixed = (thought.to(dtype) - u).mul_(w[:, None]).add_(u)
-    # u + 0 would lose the sign of a zero and let a thought's infinity through.
-    return torch.where(w[:, None] == 0, u, mixed).to(thought.dtype), w
-
-
-def _mix_gradients(d_mixed, d_w, base, thought, features, head_weight, base_index, w, sigmoid, needs):
-    """Gradients of base, thought and features where needed, and of ``features . head_weight``."""
-    dtype = accumulator_dtype(thought)
-    d_base = d_thought = d_features = None
-    if d_mixed is not None:
-        d_mixed = d_mixed.to(dtype)
-        u = _gather(base, base_index, dtype)
-        row_dot = (thought.to(dtype) - u).mul_(d_mixed).sum(-1)
-        d_w = row_dot if d_w is None else d_w + row_dot
-        if needs[0]:
-            d_u = (1.0 - w)[:, None] * d_mixed
-            d_base = d_u if base_index is None else _sum_by_index(d_u, base_index, len(base))
-            d_base = d_base.to(base.dtype)
-        if needs[1]:
-            d_thought = (w[:, None] * d_mixed).to(thought.dtype)
-    d_score = d_w * w * (1.0 - w) if sigmoid else d_w
-    if needs[2]:
-        d_features = (d_score[:, None] * head_weight.to(dtype)).to(features.dtype)
-    return d_base, d_thought, d_features, d_score
+from qstar_kernels.backends import choose, implementation
+from qstar_kernels.common.arguments import check_alike, check_tensor
+from qstar_kernels.lm_head.logits import without_autocast
 
 
 class _MixHidden(torch.autograd.Function):
@@ -68,12 +24,7 @@ class _MixHidden(torch.autograd.Function):
     def forward(ctx, base, thought, features, head_weight, base_index, sigmoid, backend):
         tensors = (base, thought, features, head_weight, base_index)
         with without_autocast(thought):
-            if backend == "triton":
-                from qstar_kernels.lm_head import fused
-
-                mixed, w = fused.mix(*tensors, sigmoid)
-            else:
-                mixed, w = _mix(*tensors, sigmoid)
+            mixed, w = implementation("lm_head", backend).mix(*tensors, sigmoid)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, w)
         ctx.sigmoid, ctx.backend = sigmoid, backend
@@ -89,12 +40,7 @@ class _MixHidden(torch.autograd.Function):
         arguments = (d_mixed, d_w, *saved, ctx.sigmoid, ctx.needs_input_grad[:3])
         d_head = None
         with without_autocast(features):
-            if ctx.backend == "triton":
-                from qstar_kernels.lm_head import fused
-
-                *grads, d_score = fused.mix_gradients(*arguments)
-            else:
-                *grads, d_score = _mix_gradients(*arguments)
+            *grads, d_score = implementation("lm_head", ctx.backend).mix_gradients(*arguments)
             if ctx.needs_input_grad[3]:
                 d_head = (d_score @ features.to(d_score.dtype)).to(head_weight.dtype)
         return *grads, d_head, None, None, None
@@ -132,6 +78,7 @@ def mix_hidden(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; a named backend cannot run
             on these tensors.
+        RuntimeError: ``backend`` is "triton", which is installed but broken.
     """
     check_tensor("thought", thought, "[R, E]", (None, None))
     rows, width = thought.shape
@@ -150,10 +97,10 @@ def mix_hidden(
         check_alike("base_index", base_index, "thought", thought, dtype=False)
         outside = (base_index < 0) | (base_index >= len(base))
         if outside.any():
-            value = base_index[outside][0].item()
-            raise ValueError(f"base_index holds {value}, but its rows must be in [0, {len(base)})")
+            found = base_index[outside][0].item()
+            raise ValueError(f"base_index holds {found}, but its rows must be in [0, {len(base)})")
 
-    chosen = choose_backend(backend, on_gpu=thought.is_cuda, triton_refusal=lambda: triton_refusal("thought", thought))
+    chosen = choose("mix_hidden", backend, thought=thought)
     if chosen == "reference":
         with without_autocast(thought):
             return reference.mix_hidden(base, thought, features, head_weight, base_index=base_index, sigmoid=sigmoid)

@@ -16,74 +16,24 @@ import torch
 from torch import Tensor
 
 from qstar_kernels import reference
-from qstar_kernels.arguments import check_integer, check_number, choose_backend, integer_or_tensor
+from qstar_kernels.backends import choose, implementation
+from qstar_kernels.common.arguments import check_integer, check_number, integer_or_tensor
 from qstar_kernels.lm_head.logits import (
     LEAST_TEMPERATURE,
+    TILE,
     LogitMap,
     accumulator_dtype,
     check_forbidden,
     check_head,
     logit_chunks,
+    make_rows,
     without_autocast,
 )
-from qstar_kernels.lm_head.rows import make_rows, triton_refusal
-from qstar_kernels.random_bits import row_uniforms
-
-TILE = 128
-
-
-def _pick(mass: Tensor, uniform: Tensor) -> Tensor:
-    """Index ``[R, 1]`` of the column of ``mass [R, n]`` drawn by ``uniform [R]``."""
-    cumulative = mass.double().cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    return drawn.clamp_(max=mass.shape[1] - 1)  # reached by rows of NaN only
-
-
-def _draw(p: Tensor, tile_uniform: Tensor, column_uniform: Tensor) -> Tensor:
-    """A column ``[R, 1]`` of ``p [R, tiles * TILE]`` for each row."""
-    tiles = p.view(len(p), p.shape[1] // TILE, TILE)
-    tile = _pick(tiles.sum(-1), tile_uniform)
-    columns = tiles.gather(1, tile[:, :, None].expand(-1, -1, TILE)).squeeze(1)
-    return tile * TILE + _pick(columns, column_uniform)
-
-
-class TorchDraws:
-    """Draws from chunks of logits; one buffer serves all."""
-
-    def __init__(
-        self, vocabulary: int, logit_map: LogitMap, temperature: float, seed: int | Tensor, step: int | Tensor
-    ):
-        self.last = vocabulary - 1
-        self.temperature, self.log_prob_temperature = temperature, logit_map.temperature
-        self.seed, self.step = seed, step
-        self.scratch = None
-
-    def draw(self, y: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-        """tokens and log_prob of rows that are numbered from ``first_row``; overwrites ``y``."""
-        one_softmax = self.temperature == self.log_prob_temperature
-        if self.temperature == 0:
-            token = y.argmax(-1, keepdim=True)
-        else:
-            if self.scratch is None:
-                self.scratch = y if one_softmax else torch.empty_like(y)
-            ratio = self.log_prob_temperature / self.temperature
-            p = y if one_softmax else torch.mul(y, ratio, out=self.scratch[: len(y)])
-            torch.softmax(p, -1, out=p)
-            rows = torch.arange(first_row, first_row + len(y), device=y.device)
-            token = _draw(p, *row_uniforms(self.seed, self.step, rows))
-        token.clamp_(max=self.last)
-        log_p = p.gather(1, token).log_() if one_softmax else torch.log_softmax(y, -1, out=y).gather(1, token)
-        return token.squeeze(1), log_p.squeeze(1)
 
 
 def _sample(hidden, weight, bias, forbidden, logit_map, product_dtype, temperature, seed, step, row_offset, backend):
     head = make_rows(backend, weight, bias, forbidden, logit_map, product_dtype)
-    if backend == "triton":
-        from qstar_kernels.lm_head.fused import TritonDraws
-
-        draws = TritonDraws(head, logit_map, temperature, seed, step)
-    else:
-        draws = TorchDraws(len(weight), logit_map, temperature, seed, step)
+    draws = implementation("lm_head", backend).Draws(head, logit_map, temperature, seed, step)
     rows = torch.arange(len(hidden), device=hidden.device)
     tokens, log_prob = torch.empty_like(rows), hidden.new_empty(len(rows), dtype=accumulator_dtype(hidden))
     start = 0
@@ -143,6 +93,7 @@ def sample_linear(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; a named backend cannot run
             on these tensors.
+        RuntimeError: ``backend`` is "triton", which is installed but broken.
     """
     product_dtype = check_head(hidden, weight, bias, forbidden, logit_scale, softcap, product_dtype)
     seed = integer_or_tensor("seed", seed, hidden.device)
@@ -160,7 +111,7 @@ def sample_linear(
         raise ValueError(f"temperature is {temperature}, but it must be 0 or at least {LEAST_TEMPERATURE}")
     check_number("log_prob_temperature", log_prob_temperature, at_least=LEAST_TEMPERATURE)
     check_forbidden(weight.shape[0], forbidden)
-    chosen = choose_backend(backend, on_gpu=hidden.is_cuda, triton_refusal=lambda: triton_refusal("hidden", hidden))
+    chosen = choose("sample_linear", backend, hidden=hidden)
 
     with without_autocast(hidden):
         if chosen == "reference":

@@ -11,11 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qstar_kernels.launch import Launch, Tile
-from qstar_kernels.thought_attention import composed, fused
-from qstar_kernels.thought_attention.blocks import Rules
-from qstar_kernels.thought_attention.hopper import launches as hopper
-from qstar_kernels.thought_attention.tiles import HOPPER_KERNELS, KERNELS, TABLE, WIDTHS
+from qstar_kernels.common.launch import Launch, Tile
+from qstar_kernels.thought_attention import torch as torch_backend
+from qstar_kernels.thought_attention import triton as triton_backend
+from qstar_kernels.thought_attention.gluon import launches as hopper
+from qstar_kernels.thought_attention.rules import Rules
+from qstar_kernels.thought_attention.triton import launches
+from qstar_kernels.thought_attention.triton.tiles import HOPPER_KERNELS, KERNELS, TABLE, WIDTHS
 
 __all__ = ["KERNELS", "TABLE", "WIDTHS", "Shape", "build_launch", "candidates", "errors", "largest_served", "rivals"]
 
@@ -87,7 +89,7 @@ def build_launch(
     """A launch of a kernel with ``rules`` or without, in a transformer's layout: heads inside slots."""
     with otherwise_plain(kernel):
         launch = build_on(kernel.removeprefix("hopper_"), architecture, dtype, shape, rules, device)
-    if launch.is_gluon != (kernel in HOPPER_KERNELS):
+    if (launch.language == "gluon") != (kernel in HOPPER_KERNELS):
         raise ValueError(f"kernel is {kernel!r}, but it cannot take rows of {shape.width} values in {dtype} like these")
     return launch
 
@@ -106,20 +108,20 @@ def build_on(kernel: str, architecture: str, dtype: torch.dtype, shape: Shape, r
         k_own, v_own = states(kv_heads, positions, 1, shape.tokens), states(kv_heads, positions, 1, shape.tokens)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=device)
         last = torch.full((), shape.tokens - 1, device=device) if rules else shape.tokens - 1
-        return fused.step_launch(q, k_text, v_text, k_own, v_own, last, given, out, lse, architecture)
+        return launches.step_launch(q, k_text, v_text, k_own, v_own, last, given, out, lse, architecture)
     q, do, out = (states(heads, positions, slots) for _ in range(3))
     k, v = states(kv_heads, positions, slots), states(kv_heads, positions, slots)
     lse, delta = torch.zeros(2, *q.shape[:-1], dtype=torch.float32, device=device)
     if kernel == "forward":
-        return fused.forward_launch(q, k, v, 1, given, out, lse, architecture)
+        return launches.forward_launch(q, k, v, 1, given, out, lse, architecture)
     if kernel == "query_gradient":
         dq = torch.empty_like(q)
-        return fused.query_gradient_launch(do, out, lse, delta, q, k, v, 1, given, dq, architecture)
+        return launches.query_gradient_launch(do, out, lse, delta, q, k, v, 1, given, dq, architecture)
     dk, dv = torch.empty_like(k)[None], torch.empty_like(v)[None]
     own = kernel == "own_gradient"
     if not own:
         dk, dv = dk[:, :, :, :, :1], dv[:, :, :, :, :1]
-    return fused.key_gradient_launch(do, lse, delta, q, k, v, 1, given, dk, dv, own, architecture)
+    return launches.key_gradient_launch(do, lse, delta, q, k, v, 1, given, dk, dv, own, architecture)
 
 
 def small_shape(width: int) -> Shape:
@@ -140,10 +142,10 @@ def errors(kernel: str, dtype: torch.dtype, width: int, device: str) -> tuple[fl
 
     q, do, k, v = (random(heads) for heads in (shape.heads, shape.heads, shape.kv_heads, shape.kv_heads))
     kind = kernel.removeprefix("hopper_")
-    exact = results(composed, kind, *(x.double() for x in (q, do, k, v)))
+    exact = results(torch_backend, kind, *(x.double() for x in (q, do, k, v)))
     with otherwise_plain(kernel):
-        ours = results(fused, kind, q, do, k, v)
-    torchs = results(composed, kind, q, do, k, v)
+        ours = results(triton_backend, kind, q, do, k, v)
+    torchs = results(torch_backend, kind, q, do, k, v)
     return distance(ours, exact), distance(torchs, exact)
 
 

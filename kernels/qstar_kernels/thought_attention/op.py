@@ -1,21 +1,74 @@
-"""The public ops: checks of arguments and choice of backend."""
+"""The public ops: checks of arguments, then an operator with the backend that was chosen."""
 
 from __future__ import annotations
+
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from qstar_kernels import reference
-from qstar_kernels.arguments import (
+from qstar_kernels.backends import choose
+from qstar_kernels.common.arguments import (
     INTEGER,
     check_alike,
     check_integer,
     check_number,
     check_tensor,
-    choose_backend,
     integer_or_tensor,
 )
-from qstar_kernels.thought_attention.registered import ops
+from qstar_kernels.thought_attention.operators import ops
+
+
+@overload
+def thought_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rationales: int = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    text_start: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def thought_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rationales: int = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    text_start: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def thought_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rationales: int = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    text_start: Tensor | None = ...,
+    return_lse: bool,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def thought_attention(
@@ -61,6 +114,7 @@ def thought_attention(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value; a named backend cannot
             run on these tensors.
+        RuntimeError: ``backend`` is "triton", which is installed but broken.
     """
     check_tensor("q", q, "[B, Hq, N, C, D]", (None,) * 5)
     batch, _, positions, slots, width = q.shape
@@ -73,13 +127,70 @@ def thought_attention(
     if slots < 1 or (slots - 1) % rationales:
         raise ValueError(f"q has {slots} slots a position, but it must have 1 + T * {rationales} (rationales)")
     rules = check_rules(q, positions, scale, window, softcap, sinks, text_start)
-    chosen = choose_attention_backend(backend, q, v)
+    chosen = choose("thought_attention", backend, q=q, v=v)
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
             out, lse = reference.thought_attention(q, k, v, rationales=rationales, return_lse=True, **rules)
     else:
         out, lse = ops.thought_attention(q, k, v, rationales=rationales, backend=chosen, **rules)
     return (out, lse) if return_lse else out
+
+
+@overload
+def thought_attention_step(
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_thought: Tensor,
+    v_thought: Tensor,
+    step: int | Tensor,
+    *,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    text_start: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def thought_attention_step(
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_thought: Tensor,
+    v_thought: Tensor,
+    step: int | Tensor,
+    *,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    text_start: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def thought_attention_step(
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_thought: Tensor,
+    v_thought: Tensor,
+    step: int | Tensor,
+    *,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    text_start: Tensor | None = ...,
+    return_lse: bool,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def thought_attention_step(
@@ -119,6 +230,7 @@ def thought_attention_step(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value; a named backend cannot
             run on these tensors.
+        RuntimeError: ``backend`` is "triton", which is installed but broken.
     """
     check_tensor("q", q, "[B, Hq, Nq, r, D]", (None,) * 5)
     batch, _, queries, rationales, width = q.shape
@@ -135,26 +247,16 @@ def thought_attention_step(
     if queries > positions:
         raise ValueError(f"q has {queries} positions, but it must have at most the {positions} of k_text")
     rules = check_rules(q, positions, scale, window, softcap, sinks, text_start)
-    chosen = choose_attention_backend(backend, q, v_text)
-    step, step_index = check_step(step, tokens, q.device if chosen == "triton" else None)
+    chosen = choose("thought_attention_step", backend, q=q, v_text=v_text)
+    at = check_step(step, tokens, q.device if chosen == "triton" else None)
     inputs = (q, k_text, v_text, k_thought, v_thought)
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = reference.thought_attention_step(*inputs, step, return_lse=True, **rules)
+            out, lse = reference.thought_attention_step(*inputs, at, return_lse=True, **rules)
     else:
-        out, lse = ops.thought_attention_step(*inputs, step, step_index, backend=chosen, **rules)
+        number, index = (None, at) if isinstance(at, Tensor) else (at, None)
+        out, lse = ops.thought_attention_step(*inputs, number, index, backend=chosen, **rules)
     return (out, lse) if return_lse else out
-
-
-def choose_attention_backend(backend: object, q: Tensor, v: Tensor) -> str:
-    def triton_refusal() -> str | None:
-        try:
-            from qstar_kernels.thought_attention import fused
-        except ModuleNotFoundError as error:
-            return f"{error.name} is not installed"
-        return fused.unsupported(q, v)
-
-    return choose_backend(backend, on_gpu=q.is_cuda, triton_refusal=triton_refusal)
 
 
 def check_heads(q: Tensor, name: str, k: Tensor, v: Tensor) -> None:
@@ -166,14 +268,12 @@ def check_heads(q: Tensor, name: str, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{tensor} has width 0, but it must be at least 1")
 
 
-def check_step(step: object, tokens: int, readable_on: torch.device | None) -> tuple[int | None, Tensor | None]:
+def check_step(step: object, tokens: int, readable_on: torch.device | None) -> int | Tensor:
     """The checked step as an int, or as a tensor where that lies on the device whose kernel can read it."""
     step = integer_or_tensor("step", step, readable_on, at_least=0)
-    if isinstance(step, Tensor):
-        return None, step
-    if step >= tokens:
+    if not isinstance(step, Tensor) and step >= tokens:
         raise ValueError(f"step is {step}, but it must be below the {tokens} tokens of k_thought")
-    return step, None
+    return step
 
 
 def check_rules(q: Tensor, positions: int, scale, window, softcap, sinks, text_start) -> dict:

@@ -1,0 +1,1 @@
+"""What the ops share: checks of arguments, launches, words of the kernels, random bits, tables of tiles."""

@@ -1,0 +1,194 @@
+"""Thought attention through torch's flash attention, for plain softmax attention without a window or hidden text.
+
+The text keys: causal attention with C query heads for each query head. On a CPU it goes by blocks of positions whose
+rows (position, slot, query head of the group) share a key/value head: long blocks of rows get flash's large tiles. The
+own keys: causal attention of T tokens, with the text positions as the batch. The parts are merged through their
+log-sum-exp. The backward of each part runs with the merged output and the merged log-sum-exp, which makes its weights
+and its delta those of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qstar_kernels.thought_attention.rules import Rules
+from qstar_kernels.thought_attention.torch.blocks import grouped
+
+aten = torch.ops.aten
+CUDA_GRID = 65535
+LARGE_TILES = 768  # rows from which flash on a CPU takes its largest tiles
+
+
+def expressible(q: Tensor, v: Tensor, rules: Rules) -> bool:
+    """Whether torch's flash attention computes this."""
+    if rules.window is not None or rules.softcap is not None or rules.text_start is not None:
+        return False
+    batch, _, positions, _, width = q.shape
+    if not q.numel() or v.shape[-1] != width:
+        return False
+    if q.device.type == "cpu":
+        return q.dtype in (torch.float32, torch.float64)
+    if q.device.type != "cuda" or torch.version.hip is not None or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    fits = width % 8 == 0 and width <= 256 and batch * positions <= CUDA_GRID
+    return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of q [B, Hq, L, D] over k, v [B, Hkv, S, D], causal without a mask: out and lse [B, Hq, L]."""
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
+    q, k, v = (in_whole_words(x) for x in (q, k, v))
+    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)[:2]
+
+
+def in_whole_words(x: Tensor) -> Tensor:
+    """x, copied unless its rows are whole words of 16 bytes: torch's kernels for GPUs read nothing less."""
+    steps = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
+    return x.clone(memory_format=torch.contiguous_format) if any(step % 16 for step in steps) else x
+
+
+def flash_backward(do, out, lse, q, k, v, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=scale
+        )
+    length, seed = q.shape[2], torch.zeros(2, dtype=torch.uint64, device=q.device)
+    q, k, v = (in_whole_words(x) for x in (q, k, v))
+    lse = lse.contiguous()  # its strides are not asked for, those of do and out are
+    return aten._scaled_dot_product_flash_attention_backward(
+        do, q, k, v, out, lse, None, None, length, length, 0.0, True, seed, seed.new_empty(0), scale=scale
+    )
+
+
+def by_slot(x: Tensor) -> Tensor:
+    """[B, H, N, C, ...] -> [B, H*C, N, ...]."""
+    return x.transpose(2, 3).flatten(1, 2)
+
+
+def block_rows(x: Tensor, start: int, stop: int) -> Tensor:
+    """A block of positions of x [B, Hkv, N, C, G, ...] as rows [B, Hkv, rows, ...], small enough for a cache."""
+    return x[:, :, start:stop].flatten(2, 4)
+
+
+def text_blocks(q: Tensor, kv_heads: int) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, mask [rows, keys before stop]) of blocks of positions."""
+    _, heads, positions, slots, _ = q.shape
+    width = slots * heads // kv_heads
+    size = min(max(positions // 8, -(-LARGE_TILES // width)), -(-2 * LARGE_TILES // width), positions)
+    last = (positions - 1) // size * size
+    key = torch.arange(-last, size, device=q.device)
+    future = key > torch.arange(size, device=q.device).repeat_interleave(width)[:, None]
+    mask = torch.zeros(future.shape, dtype=q.dtype, device=q.device).masked_fill_(future, -torch.inf)
+    for start in range(0, positions, size):
+        stop = min(start + size, positions)
+        yield start, stop, mask[None, None, : (stop - start) * width, last - start : last - start + stop]
+
+
+def attend_text_by_slot(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Fill out and lse with those of the text keys k, v [B, Hkv, N, D], every slot a head of its own."""
+    for x, part in zip((out, lse), flash(by_slot(q), k, v, scale), strict=True):
+        x.copy_(part.unflatten(1, (q.shape[1], q.shape[3])).transpose(2, 3))
+
+
+def attend_text(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Fill out and lse with those of the text keys k, v [B, Hkv, N, D]."""
+    if q.device.type != "cpu":
+        attend_text_by_slot(q, k, v, scale, out, lse)
+        return
+    rows, out, lse = (grouped(x, k.shape[1]) for x in (q, out, lse))
+    for start, stop, mask in text_blocks(q, k.shape[1]):
+        part, part_lse = flash(block_rows(rows, start, stop), k[:, :, :stop], v[:, :, :stop], scale, mask)
+        shape = (stop - start, *out.shape[3:5])
+        out[:, :, start:stop], lse[:, :, start:stop] = part.unflatten(2, shape), part_lse.unflatten(2, shape)
+
+
+def attend_text_backward(do, out, lse, q, k, v, scale: float, dq: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill dq with the text keys' part of it; returns dk and dv of the text keys."""
+    if q.device.type != "cpu":
+        dq_text, dk, dv = flash_backward(*(by_slot(x) for x in (do, out, lse, q)), k, v, scale)
+        dq.copy_(dq_text.unflatten(1, (q.shape[1], q.shape[3])).transpose(2, 3))
+        return dk, dv
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    do, out, lse, rows, dq = (grouped(x, k.shape[1]) for x in (do, out, lse, q, dq))
+    for start, stop, mask in text_blocks(q, k.shape[1]):
+        parts = (block_rows(x, start, stop) for x in (do, out, lse, rows))
+        dq_part, dk_part, dv_part = flash_backward(*parts, k[:, :, :stop], v[:, :, :stop], scale, mask)
+        dq[:, :, start:stop] = dq_part.unflatten(2, (stop - start, *dq.shape[3:5]))
+        dk[:, :, :stop] += dk_part
+        dv[:, :, :stop] += dv_part
+    return dk, dv
+
+
+def own(x: Tensor, here: slice) -> Tensor:
+    """One rationale's slots of x [B, H, N, C, ...] as [B*N, H, T, ...]."""
+    return x[:, :, :, here].transpose(1, 2).flatten(0, 1)
+
+
+def rationale_slots(q: Tensor, rationales: int) -> list[slice]:
+    tokens = (q.shape[3] - 1) // rationales
+    return [slice(first, first + tokens) for first in range(1, q.shape[3], max(tokens, 1))]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rationales: int, rules: Rules, out: Tensor, lse: Tensor) -> None:
+    """Fill out [B, Hq, N, C, D] and lse [B, Hq, N, C]."""
+    rounded, out = out, accumulator(out, lse)
+    attend_text(q, k[..., 0, :].contiguous(), v[..., 0, :].contiguous(), rules.scale, out, lse)
+    for here in rationale_slots(q, rationales):
+        mine, mine_lse = flash(own(q, here), own(k, here), own(v, here), rules.scale)
+        mine, mine_lse = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in (mine, mine_lse))
+        merge(out[..., here, :], lse[..., here], mine.to(lse.dtype), mine_lse)
+    if rules.sinks is not None:
+        add_sinks(out, lse, rules.sinks)
+    if out is not rounded:
+        rounded.copy_(out)
+
+
+def attend_step(q, k_text, v_text, k_own, v_own, rules: Rules, out: Tensor, lse: Tensor) -> None:
+    """Fill out [B, Hq, N, r, D] and lse [B, Hq, N, r]; a query's own key is the last of k_own [B, Hkv, N, r, t, D]."""
+    rounded, out = out, accumulator(out, lse)
+    attend_text_by_slot(q, k_text, v_text, rules.scale, out, lse)
+    kv_heads = k_text.shape[1]
+    scores = (grouped(q, kv_heads).to(lse.dtype) * rules.scale) @ k_own.to(lse.dtype).mT
+    mine_lse = scores.logsumexp(dim=-1)
+    mine = scores.sub_(mine_lse[..., None]).exp_() @ v_own.to(lse.dtype)
+    merge(grouped(out, kv_heads), grouped(lse[..., None], kv_heads)[..., 0], mine, mine_lse)
+    if rules.sinks is not None:
+        add_sinks(out, lse, rules.sinks)
+    if out is not rounded:
+        rounded.copy_(out)
+
+
+def accumulator(x: Tensor, lse: Tensor) -> Tensor:
+    """Room for what x is the sum of, in the dtype of lse: x itself where that is its own."""
+    return x if x.dtype == lse.dtype else torch.empty_like(x, dtype=lse.dtype)
+
+
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add a part's keys to out [..., D] and lse [...], all of one dtype."""
+    out.lerp_(part, torch.sigmoid(part_lse - lse)[..., None])
+    lse.copy_(torch.logaddexp(lse, part_lse))
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Add every head's sink to the normaliser of out [B, Hq, N, C, D]."""
+    with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None, None])
+    out.mul_(torch.exp(lse - with_sinks)[..., None])
+    lse.copy_(with_sinks)
+
+
+def attend_backward(do, out, lse, q, k, v, rationales: int, rules: Rules, dq, dk, dv) -> None:
+    """Fill dq, dk and dv."""
+    rounded, dq = dq, accumulator(dq, lse)
+    k_text, v_text = k[..., 0, :].contiguous(), v[..., 0, :].contiguous()
+    dk[..., 0, :], dv[..., 0, :] = attend_text_backward(do, out, lse, q, k_text, v_text, rules.scale, dq)
+    for here in rationale_slots(q, rationales):
+        grads = flash_backward(*(own(x, here) for x in (do, out, lse, q, k, v)), rules.scale)
+        mine = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in grads)
+        dq_own, dk[..., here, :], dv[..., here, :] = mine
+        dq[..., here, :] += dq_own
+    if dq is not rounded:
+        rounded.copy_(dq)
