@@ -23,6 +23,21 @@ SHARED = ("common", "tools")  # the rooms of kernels/ that are no op's
 BACKENDS = ("torch", "triton", "gluon")  # the rooms of an op
 CHOOSER = Path("backends.py")
 LONGEST = 400  # lines of a file
+FLOORS = (  # of qstar/, from the ground up: a file imports from its own room, or from a floor below
+    ("autocast", "config", "cpu", "grid"),
+    ("cache", "data", "heads"),
+    ("layouts",),
+    ("drop_in",),
+    ("attention", "model"),
+    ("thinking", "reference"),
+    ("talking", "experimental"),
+    ("learning", "compatibility"),
+    ("wrapping", "evaluation"),
+    ("training",),
+    ("embedded",),
+    ("commands",),
+)
+ANYWHERE = ("__init__", "__main__")  # the front door names every room
 
 
 class Import(NamedTuple):
@@ -114,10 +129,29 @@ def complaint_about_backend(path: Path, target: str) -> str | None:
     return None if target == "torch" else "only backends.py knows what needs Triton"
 
 
-def complaint_about_model(name: str, public: set[str], declared: set[str]) -> str | None:
-    """Why a file of ``qstar/`` must not import ``name``, if so."""
+def floor_of(room: str) -> int:
+    """Where a file or folder of ``qstar/`` stands; -1 where nobody has given it a floor."""
+    return next((number for number, rooms in enumerate(FLOORS) if room in rooms), -1)
+
+
+def complaint_about_floors(path: Path, rooms: list[str]) -> str | None:
+    """Why a file of ``qstar/`` must not import from ``rooms``; ``path`` is relative to the package."""
+    here = path.with_suffix("").parts[0]
+    if here in ANYWHERE or not rooms or rooms[0] == here:
+        return None
+    if floor_of(here) < 0:
+        return "its own room has no floor in FLOORS"
+    if rooms[0] == "experimental":
+        return "what nobody has measured is off every path"
+    return None if 0 <= floor_of(rooms[0]) < floor_of(here) else "arrows go down only"
+
+
+def complaint_about_model(path: Path, name: str, public: set[str], declared: set[str]) -> str | None:
+    """Why a file of ``qstar/`` must not import ``name``, if so; ``path`` is relative to the package."""
     package, *rest = name.split(".")
-    if package == "qstar" or package in sys.stdlib_module_names:
+    if package == "qstar":
+        return complaint_about_floors(path, rest)
+    if package in sys.stdlib_module_names:
         return None
     if package == "qstar_kernels":
         return None if not rest or (len(rest) == 1 and rest[0] in public) else "qstar calls the public ops only"
@@ -134,7 +168,7 @@ def broken_arrows(root: Path) -> list[str]:
             if path.is_relative_to(root / KERNELS):
                 complaint = complaint_about_op(path.relative_to(root / KERNELS), tree, found, ops)
             else:
-                complaint = complaint_about_model(found.name, public, declared)
+                complaint = complaint_about_model(path.relative_to(root / "qstar"), found.name, public, declared)
             if complaint:
                 broken.append(f"{path.relative_to(root)}:{found.line} imports {found.name}: {complaint}")
     return broken
@@ -156,7 +190,7 @@ def test_the_arrows_hold():
     assert broken_arrows(ROOT) == []
 
 
-@pytest.mark.parametrize("package", [KERNELS], ids=str)
+@pytest.mark.parametrize("package", [KERNELS, Path("qstar")], ids=str)
 def test_no_import_goes_in_a_circle(package):
     graph = import_graph(ROOT / package)
     assert len(graph) > 20 and any(graph.values())
@@ -215,7 +249,13 @@ def test_every_file_can_be_read_in_one_sitting():
         ("qstar/model.py", "from qstar_kernels import reference", "public ops only"),
         ("qstar/model.py", "import importlib\nimportlib.import_module('benchmarks.common')", "does not declare"),
         ("qstar/model.py", "from tests.helpers import tiny_model", "does not declare"),
-        ("qstar/deep/er.py", "import undeclared_package", "does not declare"),
+        ("qstar/training/run.py", "import undeclared_package", "does not declare"),
+        ("qstar/model.py", "from qstar.thinking import think", "arrows go down only"),
+        ("qstar/model.py", "def f():\n    import qstar.wrapping", "arrows go down only"),
+        ("qstar/thinking.py", "from qstar import reference", "arrows go down only"),
+        ("qstar/training/run.py", "from qstar.embedded.run import train_embedded", "arrows go down only"),
+        ("qstar/training/run.py", "from qstar.experimental import cuda_graph", "off every path"),
+        ("qstar/attic.py", "from qstar import grid", "no floor"),
     ],
 )
 def test_every_broken_arrow_is_seen(tmp_path, path, source, complaint):
@@ -237,7 +277,9 @@ def test_every_broken_arrow_is_seen(tmp_path, path, source, complaint):
         "kernels/qstar_kernels/tools/__init__.py": "",
         "kernels/qstar_kernels/tools/tune.py": "from qstar_kernels.mix import cases\nimport qstar_kernels.mix.cases",
         "kernels/qstar_kernels/testing.py": "from qstar_kernels import reference\nfrom qstar_kernels.mix import mix",
+        "qstar/__init__.py": "from qstar.model import QuietStarModel",
         "qstar/model.py": "import transformers\nfrom qstar_kernels import mix\nfrom qstar import grid",
+        "qstar/training/run.py": "from qstar.model import QuietStarModel\nimport qstar.training.fit",
     }
     for name, text in allowed.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
