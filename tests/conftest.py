@@ -9,9 +9,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread():
-    """For tiny models: their products gain nothing from threads, and wait for them where others want the cores."""
+    """Tiny products gain nothing from threads, and wait for them where others want the cores: up to ten times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -15,7 +15,6 @@ MODELS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 THINKS, UNTRIED = "thinks", "not tried"
 DOCUMENTED_VERSION = "5.23"
 MODEL_TYPES = every_model.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

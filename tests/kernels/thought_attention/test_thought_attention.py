@@ -307,3 +307,15 @@ def test_wrong_arguments_are_named(changes, error, message):
     arguments = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **changes}
     with pytest.raises(error, match=message):
         thought_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+@pytest.mark.parametrize("rules", [RULES[0], RULES[-1]], ids=["plain", "every rule"])
+def test_threads_change_nothing_that_counts_and_repeat_their_bits(rules):
+    case = AttentionCase(batch=3, positions=40, rationales=2, tokens=5, width=16, value_width=16, **rules)
+    inputs = attention_inputs(case, torch.float32)
+    alone = run(inputs)
+    torch.set_num_threads(4)
+    first, again = run(inputs), run(inputs)
+    for one, x, y in zip((*alone[:2], *alone[2]), (*first[:2], *first[2]), (*again[:2], *again[2]), strict=True):
+        assert torch.equal(x, y)
+        torch.testing.assert_close(x, one, rtol=1e-5, atol=1e-6)
