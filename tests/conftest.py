@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny products gain nothing from threads, and wait for them where others want the cores: up to ten times as long."""
+    """Tiny products gain nothing from threads, and wait for them, up to tenfold, where others want the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
