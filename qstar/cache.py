@@ -1,6 +1,6 @@
 """Keys and values of a text that is read once, and of the thoughts at its last positions.
 
-Thinking, speaking and generating share it: the text is never read twice, and thoughts are dropped without a trace. What
+Thinking and speaking share it: the text is never read twice, and thoughts are dropped without a trace. What
 is kept is what each attention of the model was given, in the order of its calls. So it does not matter what a model
 would put into a cache of transformers: compressed keys, keys of several layers, or none.
 """
@@ -34,6 +34,7 @@ class ThoughtCache:
         self.step: Tensor | None = None
         self.layers: list[CachedLayer] = []
         self._calls = 0
+        self._takes_text = True
 
     @property
     def text_length(self) -> int:
@@ -66,17 +67,19 @@ class ThoughtCache:
         """
         if self.step is not None:
             raise ValueError("the cache holds thoughts about the text as it was: drop_thoughts() comes before extend()")
+        self._takes_text = True
 
     def begin_pass(self) -> None:
         """A pass begins: its first attention is the first layer's."""
         self._calls = 0
 
     def end_pass(self) -> None:
-        """A pass is over.
+        """A pass is over; the next one reads no text unless it is asked to.
 
         Raises:
             ValueError: not every layer's attention was called.
         """
+        self._takes_text = False
         if self._calls != len(self.layers):
             raise ValueError(
                 f"a pass called {self._calls} attentions, but the one that read the text {len(self.layers)}"
@@ -84,6 +87,10 @@ class ThoughtCache:
 
     def take_in(self, keys: Tensor, values: Tensor) -> CachedLayer:
         """The layer of the attention that is called next, with its new ``keys`` and ``values`` ``[B, Hkv, S, D]``."""
+        if self.step is None and not self._takes_text:
+            raise ValueError(
+                "the text has been read: begin_step() comes before its thoughts, extend() before more of it"
+            )
         index, self._calls = self._calls, self._calls + 1
         if index == len(self.layers):
             if self.step is not None:

@@ -53,6 +53,12 @@ class ThoughtSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, but it must be an integer of at least 1")
+        if not isinstance(self.sigmoid, bool):
+            raise ValueError(f"sigmoid is {self.sigmoid!r}, but it must be True or False")
+        for name in ("start_init", "end_init"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} is {value!r}, but it must be a text, or None for the mean of the vocabulary")
         for name in ("start_token", "end_token"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qstar import layouts
+from qstar import attention, layouts
 from qstar.autocast import compute_dtype
 from qstar.config import CONFIG_FILE, QuietStarConfig
 from qstar.grid import ThoughtGrid
@@ -56,10 +56,12 @@ class QuietStarModel(_Decoder):
     qstar_replay: Callable[[Any], Callable[[], None]] | None = None
     accepts_loss_kwargs = False
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the class of the base, since this one is made at run time and no module holds it."""
-        classes = type(self).__mro__
-        return _blank_model, (classes[classes.index(QuietStarModel) + 1],), self.__dict__
+        base = type(self).__mro__[2]
+        if _classes.get(base) is type(self):
+            return _blank_model, (base,), self.__getstate__()
+        return super().__reduce_ex__(protocol)  # of a class that somebody else has made of it
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings of tokens ``[..., S]``, the thought tokens from their own parameters."""
@@ -79,15 +81,19 @@ class QuietStarModel(_Decoder):
         mine = self.qstar
         sizes = dict(rationales=mine.rationales, thought_tokens=mine.thought_tokens, ahead_tokens=mine.ahead_tokens)
         grid = ThoughtGrid(positions, **(sizes | changes))
-        limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if limit is not None and positions + grid.rationale_length > limit:
-            raise ValueError(
-                f"{positions} text tokens and {grid.rationale_length} tokens of a thought make more than the model's "
-                f"max_position_embeddings = {limit}: shorten one of them"
-            )
+        self.check_length(positions, grid.rationale_length)
         return grid
 
-    def check_rotary_factors(self, positions: Tensor, further: int) -> None:
+    def check_length(self, positions: int, further: int) -> None:
+        """Raise ValueError where text tokens and those of a thought reach beyond the positions that the model knows."""
+        limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if limit is not None and positions + further > limit:
+            raise ValueError(
+                f"{positions} text tokens and {further} tokens of a thought make more than the model's "
+                f"max_position_embeddings = {limit}: shorten one of them"
+            )
+
+    def check_rotary_factors(self, positions: Tensor, further: int, onwards: Tensor | None = None) -> None:
         """Refuse a text whose thoughts would be read with other rotary factors than the text itself.
 
         LongRoPE takes its long factors as soon as a pass holds a position from a limit on. A text below the limit and
@@ -95,7 +101,8 @@ class QuietStarModel(_Decoder):
 
         Args:
             positions: of the text, ``[B, N]``; read on the host only where the model has such factors.
-            further: positions that come after the last of them.
+            further: positions that come after the last of the text.
+            onwards: positions of the whole text, where it goes on after ``positions``.
 
         Raises:
             ValueError: the limit lies between the text's last position and that of its thoughts.
@@ -104,6 +111,8 @@ class QuietStarModel(_Decoder):
         if limit is None:
             return
         length = int(positions.max()) + 1
+        if onwards is not None:
+            further += max(int(onwards.max()) + 1 - length, 0)
         if length <= limit < length + further:
             raise ValueError(
                 f"a text of {length} tokens and {further} more cross original_max_position_embeddings = {limit}, where "
@@ -113,6 +122,12 @@ class QuietStarModel(_Decoder):
 
     def read(self, tokens: Tensor, position_ids: Tensor, layout: layouts.Layout) -> Tensor:
         """Hidden states after the final norm, ``[B, S, E]``, of tokens ``[B, S]`` laid out as ``layout`` says."""
+        implementation = self.config.get_text_config(decoder=True)._attn_implementation
+        if implementation != attention.NAME:
+            raise ValueError(
+                f"the model's attention is {implementation!r}, but thoughts need {attention.NAME!r}: "
+                f"model.set_attn_implementation({attention.NAME!r})"
+            )
         # Without a mask, transformers would look for packed documents in the positions, and wait for the device.
         everything = torch.ones_like(tokens, dtype=torch.bool)
         with layouts.layout(layout):

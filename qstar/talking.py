@@ -107,6 +107,8 @@ def speak(model: QuietStarModel, reading: Reading, thoughts: Tensor, *, cached: 
     if not 0 <= cached < tokens.shape[-1]:
         raise ValueError(f"cached is {cached}, but it must be in 0..{tokens.shape[-1] - 1}: the end token is read here")
     with record_function("qstar::talk"), evaluating(model):
+        if not cached:
+            reading.cache.drop_thoughts()
         for step in range(cached, tokens.shape[-1]):
             after = advance(model, reading, step, tokens[..., step])
         base = reading.hidden[:, -thoughts.shape[1] :]

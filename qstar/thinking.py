@@ -48,6 +48,13 @@ class Reading:
     cache: ThoughtCache
     hidden: Tensor
 
+    def check_current(self) -> int:
+        """N; raises ValueError where the cache has gone on into another reading."""
+        read, cached = self.hidden.shape[1], self.cache.text_length
+        if read != cached:
+            raise ValueError(f"reading is of {read} tokens, but its cache has gone on to {cached}: take the later one")
+        return read
+
 
 def read_text(model: QuietStarModel, text: Text, grid: ThoughtGrid) -> Reading:
     """Read a text without thoughts, into a cache that has room for the thoughts of ``grid``."""
@@ -60,14 +67,18 @@ def read_text(model: QuietStarModel, text: Text, grid: ThoughtGrid) -> Reading:
 def read_on(model: QuietStarModel, reading: Reading, text: Text) -> Reading:
     """Read the rest of ``text``, which begins with the text of ``reading``; thoughts about that are dropped.
 
+    The cache goes on into the new reading, so that ``reading`` must not be used any more.
+
     Raises:
-        ValueError: ``text`` holds no more tokens than have been read.
+        ValueError: ``text`` holds no more tokens than have been read, or more than the model knows; ``reading`` was
+            used up before.
     """
-    read = reading.cache.text_length
+    read = reading.check_current()
     if text.tokens.shape[1] <= read:
         raise ValueError(f"text has {text.tokens.shape[1]} tokens, but it must have more than the {read} read so far")
-    further = int((text.positions.max() - reading.text.positions.max()).clamp(min=0)) + reading.cache.rationale_length
-    model.check_rotary_factors(reading.text.positions, further)
+    further = reading.cache.rationale_length
+    model.check_length(text.tokens.shape[1], further)
+    model.check_rotary_factors(reading.text.positions, further, text.positions)
     reading.cache.drop_thoughts()
     reading.cache.extend()
     layout = Extension(reading.cache, start=text.start)
@@ -88,6 +99,7 @@ def advance(model: QuietStarModel, reading: Reading, step: int | Tensor, tokens:
         Hidden states ``[B, Nq, r, E]``.
     """
     text, cache = reading.text, reading.cache
+    reading.check_current()
     cache.begin_step(step)
     positions = text.positions[:, -tokens.shape[1] :, None] + 1 + step
     hidden = model.read(
@@ -112,6 +124,7 @@ class Thinking:
         tokens = reading.text.tokens
         shape = len(tokens), positions, grid.rationales
         self.model, self.reading, self.sampling = model, reading, sampling
+        reading.cache.drop_thoughts()
         self.head = model.language_head()
         self.thoughts = tokens.new_empty(*shape, grid.thought_tokens)
         self.tokens = tokens.new_full(shape, model.qstar.start_token_id)
@@ -147,16 +160,26 @@ def think(
         seed: the same seed gives the same thoughts.
         row_offset: rows (batch, position, rationale) that other processes or batches have before these.
         last: think at the last ``Nq`` positions only; at all of them by default.
-        reading: of ``text``, from :func:`read_text` with this ``grid``; its cache then holds the thoughts but for their
-            last token. By default the text is read here.
+        reading: of ``text``, from :func:`read_text` with this ``grid``; its cache then holds these thoughts but for
+            their last token, and none from before. By default the text is read here.
 
     Returns:
         Sampled tokens ``[B, Nq, r, K]`` int64; the start and end tokens are never among them.
 
     Raises:
-        ValueError: ``last`` is not a number of positions of the text.
+        ValueError: ``last`` is not a number of positions of the text; ``reading`` is of another text or has another
+            room for thoughts.
     """
     length = text.tokens.shape[1]
+    if reading is not None:
+        if reading.text is not text:
+            raise ValueError("reading is of another text: give the text that it has read")
+        room, asked = (
+            (reading.cache.rationales, reading.cache.rationale_length),
+            (grid.rationales, grid.rationale_length),
+        )
+        if room != asked:
+            raise ValueError(f"reading has room for (r, T) = {room}, but grid asks for {asked}")
     if last is not None and not 1 <= last <= length:
         raise ValueError(f"last is {last}, but it must be in 1..{length}, the positions of the text")
     with record_function("qstar::think"), evaluating(model):

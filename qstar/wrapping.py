@@ -82,13 +82,20 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[QuietStarModel, PreTrainedT
 
     Raises:
         FileNotFoundError: the folder lacks the settings or the mixing head.
+        ValueError: a weight is infinite or NaN.
     """
     config = QuietStarConfig.load(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name in ("start_token", "end_token"):  # by their ids: a folder of an earlier version does not name them
+        setattr(config, name, tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")))
     plain = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     check_architecture(plain)
     model = attach(plain, config)
     model.load_thoughts(folder)
-    return model, AutoTokenizer.from_pretrained(folder)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{folder} holds a model whose {name} is not finite: its training went wrong")
+    return model, tokenizer
 
 
 def attach(model: PreTrainedModel, config: QuietStarConfig) -> QuietStarModel:
@@ -118,6 +125,6 @@ def _detach(model: PreTrainedModel, plain_class: type[PreTrainedModel], plain_at
 
 def _initial_embedding(rows: Tensor, tokenizer: PreTrainedTokenizerBase, text: str | None) -> Tensor:
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    if not tokens or tokenizer.unk_token_id in tokens:
-        return rows.mean(0)
+    if not tokens or tokenizer.unk_token_id in tokens or max(tokens) >= len(rows):
+        return rows.mean(0)  # of a word that the model has not learned there is nothing to begin with
     return rows[tokens].mean(0)

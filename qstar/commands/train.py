@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> None:
             action.help = f"{action.help} (default: {action.default})".replace("%", "%%")
         action.default = argparse.SUPPRESS  # what was not typed is left to what is called: each has its own defaults
     given = vars(parser.parse_args(arguments))
-    if given.pop("resume", False):
-        given["resume_from_checkpoint"] = True
+    if given.pop("resume", False) and given.setdefault("resume_from_checkpoint", True) is not True:
+        parser.error("--resume goes on with the last checkpoint, --resume_from_checkpoint with a given one: give one")
     result = train(**given) if {"model", "dataset"} & set(given) else train_embedded(**given)
     print(f"saved in {result.folder}")

@@ -33,7 +33,10 @@ CACHE = Path(HF_HOME) / "quiet-star"
 REPORT_FILE = "report.json"
 PROBLEMS = 500
 
-REFUSED = ("tokenizer", "eval_dataset", "resume_from_checkpoint", "start_init", "end_init")
+REFUSED = (
+    *("model", "dataset", "tokenizer", "eval_dataset", "resume_from_checkpoint"),
+    *("start_init", "end_init", "num_train_epochs"),
+)
 SIZES: dict[str, Any] = dict(thought_tokens=5, ahead_tokens=1, rationales=2)
 SETTINGS: dict[str, Any] = dict(
     learning_rate=3e-4,
@@ -81,11 +84,11 @@ def train_embedded(output_dir: str | Path | None = None, **settings: Any) -> Tra
         FileExistsError: ``output_dir`` holds an earlier run.
     """
     for name in REFUSED:
-        if settings.get(name) is not None:
+        if name in settings:
             raise ValueError(
-                f"{name} is {settings[name]!r}, but the embedded default takes none: give model and dataset as well"
+                f"{name} is {settings[name]!r}, but the embedded default has its own: qstar.train() takes it"
             )
-    thoughts, settings = split_settings(settings)
+    thoughts, settings = split_settings("train_embedded()", settings)
     folder = output_folder(output_dir, resume=None)
     began = time.monotonic()
     settings = SETTINGS | settings
@@ -149,7 +152,7 @@ def training_rows(tokenizer: PreTrainedTokenizerBase, args: QuietStarArguments) 
 
 
 def score(model: QuietStarModel, asked: Problems, *, thinking: bool, thoughts: Tensor | None = None) -> Score:
-    """How ``model`` answers, see :func:`qstar.evaluation.choice_log_probs`."""
+    """How ``model`` answers, see :func:`qstar.evaluation.choices.choice_log_probs`."""
     choices, answers = torch.tensor(asked.choices), torch.tensor(asked.answers)
     log_probs = choice_log_probs(model, torch.tensor(asked.prompts), choices, thinking=thinking, thoughts=thoughts)
     right = log_probs[choices[None] == answers[:, None]]

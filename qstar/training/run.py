@@ -54,7 +54,7 @@ def train(
             that cannot think.
         FileExistsError: ``output_dir`` holds an earlier run.
     """
-    thoughts, settings = split_settings(settings)
+    thoughts, settings = split_settings("train()", settings)
     if model is None or dataset is None:
         missing = "model" if model is None else "dataset"
         raise ValueError(f"{missing} is missing: give a model and a dataset (qstar.train_embedded() needs neither)")
@@ -74,16 +74,19 @@ def train(
     return TrainResult(thinking, tokenizer, metrics, folder)
 
 
-def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings by name, as those of the thoughts and those of the training.
+def split_settings(call: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that ``call`` was given by name, as those of the thoughts and those of the training.
+
+    None stands for the default of a size of the thoughts or of the batch.
 
     Raises:
         TypeError: a setting that does not exist.
         ValueError: one that is given twice, or a wrong value of the thoughts.
     """
     of_thoughts, of_training = setting_names(ThoughtSettings), setting_names(QuietStarArguments)
-    check_names("train()", settings, of_thoughts | of_training | {"batch_size"})
-    settings = dict(settings)
+    check_names(call, settings, of_thoughts | of_training | {"batch_size"})
+    optional = (*SIZES, "batch_size")
+    settings = {name: value for name, value in settings.items() if value is not None or name not in optional}
     if "batch_size" in settings:
         if "per_device_train_batch_size" in settings:
             raise ValueError("batch_size is another name for per_device_train_batch_size, but both are given")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,12 +19,27 @@ IGNORED_ARGUMENTS = {
     "batch_eval_metrics": _OURS,
     "eval_accumulation_steps": _OURS,
     "eval_use_gather_object": _OURS,
+    "eval_do_concat_batches": _OURS,
     "label_names": _OURS,
     "fp16_full_eval": _OURS,
     "bf16_full_eval": _OURS,
     "neftune_noise_alpha": "noise would score a thought by another model than the one that sampled it",
     "use_liger_kernel": "it replaces the forward in which the model thinks",
 }  # fields of TrainingArguments that would be ignored, or make a result wrong
+
+
+LESS_IS_BETTER = ("loss", "nll_base", "nll_talk", "perplexity_base", "perplexity_talk")  # of what an evaluation finds
+MORE_IS_BETTER = ("gain",)
+
+
+def _more_is_better(metric: str) -> bool:
+    """The direction of a metric, which transformers would take to be upwards for all but a loss."""
+    if metric.endswith(LESS_IS_BETTER) or metric.endswith(MORE_IS_BETTER):
+        return metric.endswith(MORE_IS_BETTER)
+    raise ValueError(
+        f"metric_for_best_model is {metric!r}, but it must end in {', '.join(LESS_IS_BETTER + MORE_IS_BETTER)}, or "
+        "greater_is_better must say which is better"
+    )
 
 
 @dataclass(kw_only=True)
@@ -73,11 +88,17 @@ class QuietStarArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if torch.backends.mps.is_available():
             self.use_cpu = True  # the sampler and the means need float64, which Apple's GPUs lack
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = _more_is_better(self.metric_for_best_model)
         super().__post_init__()
+        defaults = {each.name: each for each in fields(TrainingArguments)}
         for name, why in IGNORED_ARGUMENTS.items():
             value = getattr(self, name, None)
-            if value:
+            if name in defaults and value not in (defaults[name].default, [], None):
                 raise ValueError(f"{name} is {value!r}, but it must be left alone: {why}")
+        if self.thought_temperature < 0:
+            raise ValueError(f"thought_temperature is {self.thought_temperature}, but it must be at least 0")
+        self.objective()  # which checks the others
 
     @property
     def folder(self) -> Path:

@@ -93,10 +93,36 @@ class QuietStarTrainer(Trainer):
         loss = self._as_part(output.loss)
         return (loss, output) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a batch; stops before an update that would make weights infinite or NaN.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is not finite.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and not self.args.fp16:  # where a scaler skips such steps
+            self._check_finite(loss)
+        return loss
+
+    def _check_finite(self, loss: Tensor) -> None:
+        named = {f"the gradient of {name}": p.grad for name, p in self.thinking_model.named_parameters()}
+        values = {"the loss": loss.detach()} | {name: x for name, x in named.items() if x is not None}
+        sums = [x.sum(dtype=torch.float32).to(loss.device) for x in values.values()]
+        finite = torch.stack(sums).isfinite()
+        if finite.all():
+            return
+        # A sum may overflow where no value is infinite.
+        wrong = [name for name, x in values.items() if not x.isfinite().all()]
+        if wrong:
+            raise FloatingPointError(
+                f"{wrong[0]} is not finite in step {self.state.global_step + 1}, one of {len(wrong)} such tensors: "
+                "training stops before the weights change; checkpoints are as they were"
+            )
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
-        """The batches of one update; what its means are taken over is counted in all of them, on all processes."""
+        """The batches of one update; what its means are over is counted in all of them, on all processes."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.counts = None
         if len(batches) > 1 or self.args.world_size > 1:

@@ -8,6 +8,7 @@ import torch
 
 from qstar.cache import ThoughtCache
 from qstar.grid import Text
+from qstar.layouts import Extension
 from qstar.talking import speak
 from qstar.thinking import advance, read_on, read_text, think
 
@@ -96,3 +97,59 @@ def test_speaking_reads_the_end_token_itself(cached):
     reading = read_text(model, text, model.grid(LENGTH))
     with pytest.raises(ValueError, match=rf"cached is {cached}, but it must be in 0\.\.3"):
         speak(model, reading, tiny.random_thoughts(model, 2, LENGTH), cached=cached)
+
+
+@torch.no_grad()
+def test_a_reading_that_has_gone_on_is_not_used_again():
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1)
+    short, (long, _) = texts(5)[0], texts(LENGTH)
+    grid = model.grid(LENGTH)
+    old = read_text(model, short, grid)
+    read_on(model, old, long)
+    message = "reading is of 5 tokens, but its cache has gone on to 9: take the later one"
+    with pytest.raises(ValueError, match=message):
+        read_on(model, old, long)
+    with pytest.raises(ValueError, match=message):
+        speak(model, old, tiny.random_thoughts(model, 2, 5))
+    with pytest.raises(ValueError, match=message):
+        think(model, short, grid, temperature=0.0, reading=old)
+
+
+@torch.no_grad()
+def test_thinking_again_at_other_positions_forgets_what_was_thought():
+    model = tiny.thinking_model("llama", thought_tokens=3, ahead_tokens=1)
+    text, _ = texts(LENGTH)
+    grid = model.grid(LENGTH)
+    reading = read_text(model, text, grid)
+    for last in (None, 2, 5, LENGTH):
+        options = dict(temperature=1.0, seed=last or 0, last=last)
+        thoughts = think(model, text, grid, **options, reading=reading)
+        assert torch.equal(thoughts, think(model, text, grid, **options))
+        fresh = speak(model, read_text(model, text, grid), thoughts[:, -2:])
+        torch.testing.assert_close(speak(model, reading, thoughts[:, -2:]), fresh, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_reading_of_another_text_or_with_another_room_is_refused():
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1, rationales=2)
+    text, other = texts(LENGTH)[0], Text.from_inputs(tiny.text(2, LENGTH, seed=5))
+    reading = read_text(model, text, model.grid(LENGTH))
+    with pytest.raises(ValueError, match="reading is of another text"):
+        think(model, other, model.grid(LENGTH), temperature=0.0, reading=reading)
+    for changes, asked in ((dict(rationales=1), (1, 4)), (dict(thought_tokens=3), (2, 5))):
+        with pytest.raises(
+            ValueError, match=rf"room for \(r, T\) = \(2, 4\), but grid asks for \({asked[0]}, {asked[1]}\)"
+        ):
+            think(model, text, model.grid(LENGTH, **changes), temperature=0.0, reading=reading)
+
+
+@torch.no_grad()
+def test_a_text_does_not_go_on_beyond_what_the_model_knows_or_unasked():
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1)
+    tokens = tiny.text(1, 126)
+    reading = read_text(model, Text.from_inputs(tokens[:, :100]), model.grid(100))
+    with pytest.raises(ValueError, match="126 text tokens and 4 tokens of a thought make more than"):
+        read_on(model, reading, Text.from_inputs(tokens))
+    layout = Extension(reading.cache)
+    with pytest.raises(ValueError, match=r"the text has been read: begin_step\(\) comes before its thoughts, extend"):
+        model.read(tokens[:, 100:103], torch.arange(100, 103)[None], layout)

@@ -65,12 +65,14 @@ def test_a_wrong_size_is_named(name, value):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (dict(sigmoid="no"), "sigmoid is 'no', but it must be True or False"),
+        (dict(start_init=3), "start_init is 3, but it must be a text, or None for the mean of the vocabulary"),
         (dict(start_token=""), "start_token is '', but it must be the text of a token"),
         (dict(end_token=7), "end_token is 7, but it must be the text of a token"),
         (dict(end_token="<|startthought|>"), "end_token is '<|startthought|>', but it must differ from start_token"),
     ],
 )
-def test_a_wrong_token_is_named(settings, message):
+def test_a_wrong_setting_of_another_kind_is_named(settings, message):
     with pytest.raises(ValueError) as caught:
         ThoughtSettings(**settings)
     assert str(caught.value) == message
@@ -87,3 +89,22 @@ def test_a_saved_setting_that_is_not_known_is_refused(tmp_path):
     (tmp_path / CONFIG_FILE).write_text(json.dumps(dict(start_token_id=1, end_token_id=2, colour="blue")))
     with pytest.raises(ValueError, match="holds unknown settings: colour"):
         QuietStarConfig.load(tmp_path)
+
+
+def test_an_earlier_folder_that_does_not_name_its_tokens_is_asked_by_their_ids(tmp_path):
+    model, tokenizer = tiny.plain_model("llama"), tiny.tokenizer()
+    model = wrap(model, tokenizer, start_token="<s>", thought_tokens=3)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / CONFIG_FILE).read_text())
+    for name in ("start_token", "end_token", "start_init", "end_init"):
+        del values[name]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(values))
+    assert load(tmp_path)[0].qstar == model.qstar
+
+
+def test_a_token_without_a_row_begins_with_the_mean():
+    model, tokenizer = tiny.plain_model("llama"), tiny.tokenizer()
+    mean = model.get_input_embeddings().weight.detach().mean(0)
+    tokenizer.add_tokens(["newword"])
+    assert torch.equal(wrap(model, tokenizer, start_init="newword").qstar_start.detach(), mean)

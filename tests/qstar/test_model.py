@@ -6,6 +6,8 @@ import copy
 import io
 import multiprocessing
 import pickle
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -86,6 +88,37 @@ def test_a_spawned_process_gets_a_model_that_thinks():
     finally:
         process.join(timeout=60)
     assert process.exitcode == 0
+
+
+def test_a_model_that_was_saved_whole_runs_in_a_fresh_process(tmp_path):
+    """Which has imported nothing of ours by itself."""
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(tiny.text(2, 6), tmp_path / "tokens.pt")
+    code = """
+import torch
+model, tokens = torch.load("model.pt", weights_only=False), torch.load("tokens.pt")
+from qstar.learning import Objective
+print(model(tokens).logits.isfinite().all().item(), Objective(seed=5)(model, tokens).loss.item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", str(loss_of(model).item())]
+
+
+def test_a_class_that_somebody_made_of_ours_is_copied_as_such():
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1)
+    model.__class__ = type("Mine", (type(model),), {"mine": 7})
+    again = copy.deepcopy(model)
+    assert type(again) is type(model) and again.mine == 7
+    with pytest.raises(pickle.PicklingError):
+        pickle.dumps(model)
+
+
+def test_thinking_with_another_attention_is_refused():
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="the model's attention is 'sdpa', but thoughts need 'qstar'"):
+        Objective()(model, tiny.text(1, 6))
 
 
 def test_the_forward_of_a_thinking_model_is_that_of_its_base():

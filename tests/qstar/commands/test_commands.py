@@ -16,6 +16,7 @@ from qstar import evaluate, load
 from qstar.commands.main import COMMANDS, main
 from qstar.config import ThoughtSettings
 from qstar.training.settings import QuietStarArguments, RunSettings
+from qstar.training.trainer import QuietStarTrainer
 
 LINES = ["a b c d e f g h", "c a b e d f", "b b a c d e f g h i", "a c e g i k"]
 
@@ -70,7 +71,7 @@ def test_train_takes_model_data_and_settings_from_its_flags(trained, capsys):
     assert not torch.equal(model.lm_head.weight[: len(before)], before)
 
 
-def test_train_resumes_where_it_is_asked_to(folders, trained, tmp_path, capsys):
+def test_train_resumes_where_it_is_asked_to(folders, trained, tmp_path, capsys, monkeypatch):
     """A run that goes on after a checkpoint ends like one that was not interrupted."""
     more = ("--sigmoid", "--start-init", "a b", "--end-token", "<|done|>", "--save-steps", "1", "--seed", "5")
     command = train_command(folders, tmp_path / "run", *more)
@@ -78,8 +79,18 @@ def test_train_resumes_where_it_is_asked_to(folders, trained, tmp_path, capsys):
     (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").unlink()
     assert main(command) == 1
     assert "holds an earlier run: go on with it by" in capsys.readouterr().err
-    assert main([*command, "--resume"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        steps = []
+        step = QuietStarTrainer.compute_loss
+        patch.setattr(
+            QuietStarTrainer, "compute_loss", lambda *a, **k: steps.append(a[0].state.global_step) or step(*a, **k)
+        )
+        assert main([*command, "--resume"]) == 0
+    assert steps == [1], "the first step was not taken again"
     assert capsys.readouterr().out.splitlines()[-1] == f"saved in {tmp_path / 'run'}"
+    with pytest.raises(SystemExit):
+        main([*command, "--resume", "--resume_from_checkpoint", str(tmp_path)])
+    assert "--resume_from_checkpoint with a given one: give one" in capsys.readouterr().err
     ours, theirs = (load(folder)[0].state_dict() for folder in (tmp_path / "run", trained))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
@@ -88,7 +99,7 @@ def test_train_refuses_half_of_a_run(folders, capsys):
     assert main(["train", "--model", str(folders / "model")]) == 1
     assert "dataset is missing: give a model and a dataset" in capsys.readouterr().err
     assert main(["train", "--resume"]) == 1
-    assert "resume_from_checkpoint is True, but the embedded default takes none" in capsys.readouterr().err
+    assert "resume_from_checkpoint is True, but the embedded default has its own" in capsys.readouterr().err
 
 
 def test_train_help_shows_every_setting_with_its_line(capsys):

@@ -133,6 +133,8 @@ def test_the_run_leaves_what_it_says(finished):
     folder, printed, _ = finished
     report = json.loads((folder / "report.json").read_text())
     assert (report["problems"], report["steps"], report["seed"]) == (PROBLEMS, 3, SEED)
+    control = [json.loads(line) for line in (folder / "plain" / "metrics.jsonl").read_text().splitlines()]
+    assert control[-1]["step"] == 3, "as many steps of plain training"
     assert printed.splitlines()[-1] == f"saved in {folder}"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "thoughts" in record] == [0, 2]
@@ -164,8 +166,13 @@ def test_the_control_learns_from_the_text_alone(finished):
     [
         (dict(resume_from_checkpoint=True), ValueError, "resume_from_checkpoint is True, but the embedded default"),
         (dict(eval_dataset="held-out.txt"), ValueError, "eval_dataset is 'held-out.txt', but the embedded default"),
-        (dict(start_init="---"), ValueError, "start_init is '---', but the embedded default takes none"),
-        (dict(max_step=3), TypeError, "no setting 'max_step'; did you mean 'max_steps'"),
+        (dict(start_init="---"), ValueError, "start_init is '---', but the embedded default has its own"),
+        (dict(start_init=None), ValueError, "start_init is None, but the embedded default has its own"),
+        (dict(num_train_epochs=7), ValueError, "num_train_epochs is 7, but the embedded default has its own"),
+        (dict(model="x"), ValueError, r"model is 'x', but the embedded default has its own: qstar.train\(\) takes it"),
+        (dict(max_step=3), TypeError, r"train_embedded\(\) has no setting 'max_step'; did you mean 'max_steps'"),
+        (dict(thought_temperature=-1.0), ValueError, r"thought_temperature is -1\.0, but it must be at least 0"),
+        (dict(baseline="median"), ValueError, "baseline is 'median', but it must be one of"),
         (dict(rationales=0), ValueError, "rationales is 0, but it must be an integer of at least 1"),
     ],
 )

@@ -58,6 +58,17 @@ def test_batches_and_padding_change_nothing():
     assert together.nll_base_ahead == pytest.approx(apart.nll_base_ahead, rel=1e-5)
 
 
+def test_sampled_thoughts_are_the_same_in_one_batch_and_in_two():
+    """And rows that are alike have thoughts of their own."""
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2)
+    rows = [{"input_ids": tiny.text(1, 8)[0].tolist()}] * 2
+    options = dict(temperature=1.0, seed=3)
+    together = evaluate_rows(model, [PadRight()(rows)], **options)
+    apart = evaluate_rows(model, [PadRight()([row]) for row in rows], **options)
+    assert together.nll_talk_ahead == pytest.approx(apart.nll_talk_ahead, rel=1e-5)
+    assert apart.nll_talk != pytest.approx(evaluate_rows(model, [PadRight()(rows[:1])], **options).nll_talk, rel=1e-4)
+
+
 def test_evaluating_leaves_the_mode_alone():
     model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1).train()
     evaluate_rows(model, [PadRight()([{"input_ids": [5, 6, 7]}])])

@@ -18,6 +18,7 @@ GIVEN = dict(
     batch_eval_metrics=True,
     eval_accumulation_steps=2,
     eval_use_gather_object=True,
+    eval_do_concat_batches=False,
     label_names=["labels"],
     fp16_full_eval=True,
     bf16_full_eval=True,
@@ -53,14 +54,18 @@ def test_a_hook_that_would_be_ignored_is_refused(name, tmp_path):
 
 
 def test_settings_are_told_apart():
-    thoughts, training = split_settings(dict(thought_tokens=3, sigmoid=True, learning_rate=1e-3, batch_size=2))
+    thoughts, training = split_settings(
+        "train()", dict(thought_tokens=3, sigmoid=True, learning_rate=1e-3, batch_size=2)
+    )
     assert thoughts == dict(thought_tokens=3, sigmoid=True)
     assert training == dict(learning_rate=1e-3, per_device_train_batch_size=2)
+    unset = split_settings("train()", dict(thought_tokens=None, rationales=None, batch_size=None, start_init=None))
+    assert unset == (dict(start_init=None), {})
 
 
 def test_two_names_of_one_setting_are_refused():
     with pytest.raises(ValueError, match="batch_size is another name for per_device_train_batch_size, but both"):
-        split_settings(dict(batch_size=2, per_device_train_batch_size=4))
+        split_settings("train()", dict(batch_size=2, per_device_train_batch_size=4))
 
 
 def test_a_model_that_thinks_keeps_what_it_was_made_with(tmp_path):
@@ -94,3 +99,32 @@ def test_the_objective_is_what_the_settings_say(tmp_path):
     assert values == (0.5, 0.7, 2.0)
     assert (objective.baseline, objective.signed) == ("leave_one_out", True)
     assert args.folder == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("eval_nll_talk", False),
+        ("nll_base", False),
+        ("eval_perplexity_talk", False),
+        ("eval_loss", False),
+        ("eval_wiki_nll_talk", False),
+        ("eval_gain", True),
+    ],
+)
+def test_the_best_model_is_the_one_with_the_better_metric(metric, expected, tmp_path):
+    options = dict(use_cpu=True, report_to="none", metric_for_best_model=metric)
+    assert QuietStarArguments(str(tmp_path), **options).greater_is_better is expected
+    assert (
+        QuietStarArguments(str(tmp_path), **options, greater_is_better=not expected).greater_is_better is not expected
+    )
+
+
+def test_a_metric_without_a_direction_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="metric_for_best_model is 'eval_mixing_weight', but it must end in loss, nll_base"
+    ):
+        QuietStarArguments(str(tmp_path), metric_for_best_model="eval_mixing_weight", use_cpu=True, report_to="none")
+    QuietStarArguments(
+        str(tmp_path), metric_for_best_model="mixing_weight", greater_is_better=True, use_cpu=True, report_to="none"
+    )

@@ -10,6 +10,7 @@ from tiny_runs import QUIET, records, texts, tiny_train
 from qstar import evaluate, train
 from qstar.data import PadRight
 from qstar.embedded.run import PlainTrainer
+from qstar.evaluation.held_out import evaluate_rows
 from qstar.experimental import cuda_graph
 from qstar.training.settings import QuietStarArguments
 from qstar.training.trainer import LOGGED, QuietStarTrainer
@@ -134,3 +135,44 @@ def test_weights_of_16_bits_are_warned_of(tmp_path, caplog):
     model = tiny.thinking_model(dtype=torch.bfloat16, thought_tokens=2, ahead_tokens=1)
     QuietStarTrainer(model, QuietStarArguments(str(tmp_path), **QUIET))
     assert "weights that learn are 16-bit" in caplog.text
+
+
+def test_every_step_draws_other_thoughts_from_the_same_seed(tmp_path):
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=1)
+    trainer = QuietStarTrainer(model, QuietStarArguments(str(tmp_path), seed=3, **QUIET))
+    seeds = []
+    for step in (0, 1, 2, 1):
+        trainer.state.global_step = step
+        seeds.append(trainer._objective_for(torch.zeros(2, 5)).seed)
+    assert len(set(seeds)) == 3 and seeds[1] == seeds[3]
+    other = QuietStarTrainer(model, QuietStarArguments(str(tmp_path), seed=4, **QUIET))
+    assert other._objective_for(torch.zeros(2, 5)).seed not in seeds
+
+
+def test_held_out_text_is_evaluated_in_the_dtype_of_the_training(tmp_path):
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=1)
+    rows = [{"input_ids": tiny.text(1, 12, seed)[0].tolist(), "position_ids": list(range(12))} for seed in range(4)]
+    found = {}
+    for bf16 in (False, True):
+        trainer = QuietStarTrainer(model, QuietStarArguments(str(tmp_path), use_cpu=True, bf16=bf16, **QUIET))
+        found[bf16] = trainer.evaluate(rows)["eval_nll_base"]
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = PadRight()(rows)
+        assert evaluate_rows(model, [batch]).nll_base == pytest.approx(found[True])
+    assert evaluate_rows(model, [batch]).nll_base == pytest.approx(found[False])
+    assert found[True] != found[False]
+
+
+def test_one_of_several_gpus_is_taken_and_said(tmp_path, caplog):
+    args = QuietStarArguments(str(tmp_path), use_cpu=True, **QUIET)
+    args._n_gpu = 2
+    QuietStarTrainer(tiny.thinking_model(thought_tokens=2, ahead_tokens=1), args)
+    assert args.n_gpu == 1
+    assert "training on one of 2 GPUs: start with torchrun" in caplog.text
+
+
+@pytest.mark.parametrize(("strategy", "times"), [("no", 1), ("steps", 2)])
+def test_held_out_text_is_evaluated_as_often_as_asked(strategy, times, tmp_path):
+    options = dict(eval_dataset=texts(4), eval_strategy=strategy, max_steps=2)
+    result = tiny_train(tmp_path / "run", **options, **(dict(eval_steps=1) if strategy == "steps" else {}))
+    assert sum("eval_nll_talk" in record for record in records(result.folder)) == times
