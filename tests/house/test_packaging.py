@@ -19,7 +19,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def python(*arguments: object, cwd: Path, path: Path | None = None) -> str:
     """What this interpreter prints in a process of its own, with nothing but ``path`` in PYTHONPATH."""
-    environment = {**os.environ, "PYTHONPATH": str(path or ""), "COLUMNS": "100"}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**ours, "PYTHONPATH": str(path or ""), "COLUMNS": "100"}
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
