@@ -53,16 +53,24 @@ def check_architecture(model: PreTrainedModel) -> None:
 def disable_dropout(model: PreTrainedModel) -> None:
     """Set every dropout and jitter of ``model`` to 0: thoughts must be scored by the model that sampled them."""
     found = set()
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            noise = name == "p" if isinstance(module, nn.Dropout) else re.search("drop|jitter", name)
-            if noise and isinstance(value, float) and value:
-                found.add(f"{type(module).__name__}.{name} = {value}")
-                setattr(module, name, 0.0)
+    for module, name, value in noise_of(model):
+        found.add(f"{type(module).__name__}.{name} = {value}")
+        setattr(module, name, 0.0)
     if found:
         logger.warning(
             "noise is set to 0, so that the model that samples a thought scores it: %s", ", ".join(sorted(found))
         )
+
+
+def noise_of(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
+    """Every dropout and jitter that is not 0: the module, the attribute and its value."""
+    found = []
+    for module in model.modules():
+        for name, value in vars(module).items():
+            noise = name == "p" if isinstance(module, nn.Dropout) else re.search("drop|jitter", name)
+            if noise and isinstance(value, float) and value:
+                found.append((module, name, value))
+    return found
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qstar import attention
-from qstar.compatibility import check_architecture, check_behaviour, disable_dropout
+from qstar.compatibility import check_architecture, check_behaviour, disable_dropout, noise_of
 from qstar.config import QuietStarConfig, ThoughtSettings, check_names, setting_names
 from qstar.heads import MixingHead
 from qstar.model import QuietStarModel, embedding_rows, quiet_star_class
@@ -35,8 +37,8 @@ def wrap(
     Raises:
         TypeError: a setting that does not exist.
         ValueError: the model cannot think (its attention cannot be exchanged, it has linear-attention layers, or the
-            check found other results than the model's own), or an argument is wrong. A model that fails the check is
-            given back as it was, but for two new rows of its vocabulary and dropout, which stays off.
+            check found other results than the model's own), or an argument is wrong. ``model`` is then as it was; the
+            tokenizer keeps the two tokens.
     """
     if isinstance(model, QuietStarModel):
         raise ValueError("model is already a Quiet-STaR model")
@@ -46,27 +48,19 @@ def wrap(
     tokens = [thoughts.start_token, thoughts.end_token]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
     start, end = (cast(int, tokenizer.convert_tokens_to_ids(token)) for token in tokens)
-    rows = embedding_rows(model).detach()
-    initial = [_initial_embedding(rows, tokenizer, text) for text in (thoughts.start_init, thoughts.end_init)]
-    if max(start, end) >= len(embedding_rows(model)):
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    plain_class, plain_attention = type(model), model.config._attn_implementation
-    thinking = attach(model, QuietStarConfig(**asdict(thoughts), start_token_id=start, end_token_id=end))
-    rows = embedding_rows(thinking)
-    parameters = (thinking.qstar_start, thinking.qstar_end)
-    with torch.no_grad():
-        for token, parameter, vector in zip((start, end), parameters, initial, strict=True):
-            rows[token] = parameter.copy_(vector)
-    if check:
-        try:
+    with _given_back_unless_it_thinks(model):
+        rows = embedding_rows(model).detach()
+        initial = [_initial_embedding(rows, tokenizer, text) for text in (thoughts.start_init, thoughts.end_init)]
+        if max(start, end) >= len(rows):  # ids may have gaps, so that there are more of them than tokens
+            model.resize_token_embeddings(max(start, end, len(tokenizer) - 1) + 1, mean_resizing=False)
+        thinking = attach(model, QuietStarConfig(**asdict(thoughts), start_token_id=start, end_token_id=end))
+        rows = embedding_rows(thinking)
+        parameters = (thinking.qstar_start, thinking.qstar_end)
+        with torch.no_grad():
+            for token, parameter, vector in zip((start, end), parameters, initial, strict=True):
+                rows[token] = parameter.copy_(vector)
+        if check:
             check_behaviour(thinking)
-        except Exception as error:  # whatever a model does with a grid that it was not written for
-            _detach(thinking, plain_class, plain_attention)
-            if isinstance(error, ValueError):
-                raise
-            raise ValueError(
-                f"{plain_class.__name__} cannot read a thought grid: {type(error).__name__} in a tiny pass ({error})"
-            ) from error
     if thinking.generation_config is not None:
         suppressed = set(thinking.generation_config.suppress_tokens or ()) | {start, end}
         thinking.generation_config.suppress_tokens = sorted(suppressed)
@@ -78,17 +72,18 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[QuietStarModel, PreTrainedT
 
     Args:
         folder: what :func:`qstar.train` wrote, or ``save_pretrained`` of model and tokenizer.
-        kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
+        kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``; code of the folder is not run unless
+            ``trust_remote_code`` says so.
 
     Raises:
         FileNotFoundError: the folder lacks the settings or the mixing head.
         ValueError: a weight is infinite or NaN.
     """
     config = QuietStarConfig.load(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
     for name in ("start_token", "end_token"):  # by their ids: a folder of an earlier version does not name them
         setattr(config, name, tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")))
-    plain = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    plain = AutoModelForCausalLM.from_pretrained(folder, **({"trust_remote_code": False} | kwargs))
     check_architecture(plain)
     model = attach(plain, config)
     model.load_thoughts(folder)
@@ -116,11 +111,31 @@ def attach(model: PreTrainedModel, config: QuietStarConfig) -> QuietStarModel:
     return model
 
 
-def _detach(model: PreTrainedModel, plain_class: type[PreTrainedModel], plain_attention: str) -> None:
-    for name in ("qstar", "qstar_start", "qstar_end", "qstar_mixing_head", "qstar_forbidden"):
-        delattr(model, name)
-    model.__class__ = plain_class
-    model.set_attn_implementation(plain_attention)
+@contextlib.contextmanager
+def _given_back_unless_it_thinks(model: PreTrainedModel) -> Iterator[None]:
+    """Make ``model`` what it was if anything inside fails, and say of any failure that it cannot think."""
+    plain_class, plain_attention = type(model), model.config._attn_implementation
+    rows, noise = len(embedding_rows(model)), noise_of(model)
+    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    except Exception as error:  # whatever a model does with a grid that it was not written for
+        for name in ("qstar", "qstar_start", "qstar_end", "qstar_mixing_head", "qstar_forbidden"):
+            if hasattr(model, name):
+                delattr(model, name)
+        model.__class__ = plain_class
+        model.set_attn_implementation(plain_attention)
+        for module, name, value in noise:
+            setattr(module, name, value)
+        if len(embedding_rows(model)) != rows:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen.get(name, True))
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(
+            f"{plain_class.__name__} cannot read a thought grid: {type(error).__name__} in a tiny pass ({error})"
+        ) from error
 
 
 def _initial_embedding(rows: Tensor, tokenizer: PreTrainedTokenizerBase, text: str | None) -> Tensor:

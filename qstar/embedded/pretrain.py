@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -101,8 +99,7 @@ def pretrained_model(
         record = json.loads((folder / RECORD_FILE).read_text())
         steps, ability = record["steps"], Ability(**record["ability"])
     else:
-        with _one_thread():
-            model, steps, ability = pretrain(tokenizer, seed, settings)
+        model, steps, ability = pretrain(tokenizer, seed, settings)
         _save(folder, model, tokenizer, dict(steps=steps, ability=asdict(ability), seed=seed, **asdict(settings)))
     if not ability.reaches(settings.goal):
         warnings.warn(
@@ -172,17 +169,6 @@ def measure_ability(model: LlamaForCausalLM, asked: Problems) -> Ability:
         answer_after_working=(after == answers).float().mean().item(),
         answer_alone=(alone == answers).float().mean().item(),
     )
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread: so small products gain nothing from two, which on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _batch(tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from qstar.cpu import one_thread
 from qstar.data import pack
 from qstar.embedded.pretrain import pretrained_model
 from qstar.embedded.task import EQUALS, WORKING, Problems, documents, problems
@@ -69,6 +70,7 @@ class Score:
     accuracy: float
 
 
+@one_thread()
 def train_embedded(output_dir: str | Path | None = None, **settings: Any) -> TrainResult:
     """Pre-train a small decoder, teach it to think, train a copy plainly beside it, and compare on held-out problems.
 

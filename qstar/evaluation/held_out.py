@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from math import exp
+from math import exp, inf, log
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,15 @@ class Evaluation:
             "nll_base": self.nll_base,
             "nll_talk": self.nll_talk,
             "gain": self.nll_base - self.nll_talk,
-            "perplexity_base": exp(self.nll_base),
-            "perplexity_talk": exp(self.nll_talk),
+            "perplexity_base": perplexity(self.nll_base),
+            "perplexity_talk": perplexity(self.nll_talk),
             "mixing_weight": self.mixing_weight,
         }
+
+
+def perplexity(nll: float) -> float:
+    """``exp(nll)``; infinite where that is beyond a float."""
+    return exp(nll) if nll < log(sys.float_info.max) else inf
 
 
 @torch.no_grad()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp
 
-from qstar.evaluation.held_out import Evaluation
+from qstar.evaluation.held_out import Evaluation, perplexity
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -27,5 +26,5 @@ def evaluation_table(result: Evaluation) -> str:
     header = ["log-likelihood (nats per token)", "without thoughts", "with thoughts", "gain"]
     return (
         f"{table(header, rows)}\n\n{result.tokens} tokens predicted; mean mixing weight {result.mixing_weight:.3f}; "
-        f"perplexity {exp(result.nll_base):.3f} without and {exp(result.nll_talk):.3f} with thoughts"
+        f"perplexity {perplexity(result.nll_base):.3f} without and {perplexity(result.nll_talk):.3f} with thoughts"
     )

@@ -44,9 +44,17 @@ def show_thoughts(
     for sample in range(1, samples + 1):
         i = sample * length // (samples + 1)
         before, thought, after = (
-            str(tokenizer.decode(part))
+            decoded(tokenizer, part)
             for part in (text[max(0, i + 1 - context) : i + 1], thoughts[0, i, 0].tolist(), text[i + 1 : i + 5])
         )
         shown.append({"before": before, "thought": thought, "after": after})
         tqdm.write(f"  {before!r} [{thought!r}] {after!r}")
     return shown
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of ``ids``; the numbers where a vocabulary has rows that are no token."""
+    try:
+        return str(tokenizer.decode(ids))
+    except Exception:  # tokenizers in Python raise whatever their tables raise
+        return " ".join(f"<{token}>" for token in ids)

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from qstar.cpu import keep_freed_memory
 from qstar.data import AnyDataset
 from qstar.model import QuietStarModel
-from qstar.training.checkpoints import last_whole_checkpoint
+from qstar.training.checkpoints import is_finished, last_whole_checkpoint
+from qstar.training.savable import check_savable
 from qstar.training.settings import QuietStarArguments
 from qstar.training.trainer import QuietStarTrainer
 
@@ -46,15 +47,27 @@ def fit(
     held_out: AnyDataset | None = None,
     resume_from_checkpoint: bool | str | Path | None = None,
 ) -> dict[str, Any]:
-    """Train on packed rows, save model, tokenizer and settings into ``args.output_dir``, and return the metrics."""
+    """Train on packed rows, save model, tokenizer and settings into ``args.output_dir``, and return the metrics.
+
+    Raises:
+        ValueError, OSError: the model could not be saved there, see :func:`qstar.training.savable.check_savable`.
+        FloatingPointError: the loss or a gradient is not finite.
+    """
     if args.device.type == "cpu":
         keep_freed_memory()
+    checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
     if resume_from_checkpoint is True:
-        resume_from_checkpoint = last_whole_checkpoint(args.folder)
-        if resume_from_checkpoint is None:
+        checkpoint = last_whole_checkpoint(args.folder)
+        if checkpoint is None:
             logger.warning("%s holds no whole checkpoint: training begins at the beginning", args.output_dir)
+    check_savable(model, args.folder)
     trainer = QuietStarTrainer(model, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
-    outcome = trainer.train(resume_from_checkpoint=str(resume_from_checkpoint) if resume_from_checkpoint else None)
+    trained: dict[str, float] = {}
+    if checkpoint is not None and is_finished(checkpoint, args.max_steps, args.num_train_epochs):
+        logger.warning("%s is the end of its run: there is nothing left to train", checkpoint)
+        trainer.take_up(checkpoint)
+    else:
+        trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     trainer.save_model()
     trainer.save_state()
     if held_out is not None and args.eval_strategy == "no":
@@ -62,4 +75,4 @@ def fit(
     if trainer.is_world_process_zero():
         (args.folder / SETTINGS_FILE).write_text(args.to_json_string() + "\n")
     logged = {name: value for record in trainer.state.log_history for name, value in record.items()}
-    return {**logged, **outcome.metrics}
+    return {**logged, **trained}

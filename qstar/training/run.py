@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from qstar.config import CONFIG_FILE, SIZES, ThoughtSettings, check_names, setting_names
 from qstar.data import AnyDataset, load_texts, pack
 from qstar.model import QuietStarModel
-from qstar.training.fit import TrainResult, fit
+from qstar.training.checkpoints import last_whole_checkpoint
+from qstar.training.fit import SETTINGS_FILE, TrainResult, fit
 from qstar.training.settings import QuietStarArguments
 from qstar.training.trainer import METRICS_FILE
 from qstar.wrapping import load, wrap
@@ -59,6 +60,9 @@ def train(
         missing = "model" if model is None else "dataset"
         raise ValueError(f"{missing} is missing: give a model and a dataset (qstar.train_embedded() needs neither)")
     folder = output_folder(output_dir, resume_from_checkpoint)
+    named = model.name_or_path if isinstance(model, PreTrainedModel) else model
+    if named and Path(named).resolve() == folder.resolve():
+        raise ValueError(f"output_dir is {str(folder)!r}, but the model is there: training would write over it")
     args = QuietStarArguments(output_dir=str(folder), **settings)
     set_seed(args.seed)
     thinking, tokenizer = open_model(model, tokenizer, thoughts)
@@ -130,10 +134,12 @@ def resized(model: QuietStarModel, thoughts: dict[str, Any]) -> QuietStarModel:
 
 
 def output_folder(output_dir: str | Path | None, resume: bool | str | Path | None) -> Path:
-    """The folder of a run: the given one, or the first free default.
+    """The folder of a run: the given one, the one of what is resumed, or the first free default.
 
     Raises:
         FileExistsError: it holds an earlier run, which is not resumed.
+        FileNotFoundError: there is no run to resume.
+        ValueError: there are several.
     """
     if output_dir is not None:
         folder = Path(output_dir)
@@ -143,11 +149,29 @@ def output_folder(output_dir: str | Path | None, resume: bool | str | Path | Non
                 "resume_from_checkpoint=True, or choose another folder"
             )
         return folder
+    if resume and resume is not True:
+        return Path(resume).parent
     default = Path("runs/quiet-star")
     if resume:
-        return default
+        return _unfinished_run(default)
     folder, number = default, 1
     while folder.exists():
         number += 1
         folder = default.with_name(f"{default.name}-{number}")
     return folder
+
+
+def _unfinished_run(default: Path) -> Path:
+    """The one folder beside ``default`` whose run was cut short; that with a checkpoint, where others have none."""
+    begun = sorted(path.parent for path in default.parent.glob(f"{default.name}*/{METRICS_FILE}"))
+    cut = [folder for folder in begun if not (folder / SETTINGS_FILE).exists()]
+    cut = [folder for folder in cut if last_whole_checkpoint(folder) is not None] or cut
+    if not cut:
+        raise FileNotFoundError(
+            f"resume_from_checkpoint is True, but no run in {default.parent} was cut short: name one by output_dir"
+        )
+    if len(cut) > 1:
+        raise ValueError(
+            f"resume_from_checkpoint is True, but {', '.join(map(str, cut))} were all cut short: name one by output_dir"
+        )
+    return cut[0]

@@ -24,10 +24,20 @@ IGNORED_ARGUMENTS = {
     "fp16_full_eval": _OURS,
     "bf16_full_eval": _OURS,
     "neftune_noise_alpha": "noise would score a thought by another model than the one that sampled it",
+    "torch_compile": "passes over text and over thoughts have other shapes and layouts, on which the compiler fails",
     "use_liger_kernel": "it replaces the forward in which the model thinks",
 }  # fields of TrainingArguments that would be ignored, or make a result wrong
 
 
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "seq_length": 2,
+    "sample_steps": 0,
+    "gradient_norm_steps": 0,
+    "seed": 0,
+}
 LESS_IS_BETTER = ("loss", "nll_base", "nll_talk", "perplexity_base", "perplexity_talk")  # of what an evaluation finds
 MORE_IS_BETTER = ("gain",)
 
@@ -88,6 +98,18 @@ class QuietStarArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if torch.backends.mps.is_available():
             self.use_cpu = True  # the sampler and the means need float64, which Apple's GPUs lack
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}, but it must be an integer of at least {least}")
+        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps == 0:
+            raise ValueError(
+                f"max_steps is {self.max_steps!r}, but it must be an integer: the steps to train for, or -1"
+            )
+        if not torch.accelerator.is_available():
+            if self.fp16:
+                raise ValueError("fp16 is True, but there is no GPU: a CPU trains in bfloat16, bf16=True")
+            self.use_cpu = True
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = _more_is_better(self.metric_for_best_model)
         super().__post_init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qstar.data import PadRight
 from qstar.evaluation.held_out import evaluate_rows
 from qstar.grid import Counts
 from qstar.learning import Objective, QuietStarOutput
-from qstar.model import QuietStarModel
+from qstar.model import PREFIX, QuietStarModel
 from qstar.talking import read_batch
 from qstar.training.callbacks import ProgressLine, show_thoughts
 from qstar.training.settings import QuietStarArguments
@@ -191,7 +192,7 @@ class QuietStarTrainer(Trainer):
             path = self.args.folder / METRICS_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(finite_or_none(record), allow_nan=False) + "\n")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with the mixing head and the thought embeddings in groups of their own."""
@@ -244,6 +245,25 @@ class QuietStarTrainer(Trainer):
             return
         self.thinking_model.load_thoughts(resume_from_checkpoint)
 
+    def take_up(self, checkpoint: Path) -> None:
+        """Have the model and the state of ``checkpoint`` without training on."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Our parameters are not missing: :meth:`QuietStarModel.load_thoughts` reads them from files of their own."""
+        missing = [name for name in load_result.missing_keys if not name.startswith(PREFIX)]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self.thinking_model.load_thoughts(cast(str, self.state.best_model_checkpoint))
+
+
+def finite_or_none(value: Any) -> Any:
+    """``value`` as JSON can say it: null for numbers that are infinite or NaN."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

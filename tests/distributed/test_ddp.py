@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 
 import pytest
 import tiny
@@ -24,6 +25,23 @@ def step(model, tokens, row_offset: int = 0):
     output.loss.backward()
     gradients = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
     return output.thoughts, gradients
+
+
+def leave() -> None:
+    """End this process at once: gloo's destructor may wait for a thread that waits for Python's lock."""
+    distributed.barrier()
+    os._exit(0)
+
+
+def on_every_rank(worker, *arguments: object) -> None:
+    """Run ``worker(rank, *arguments)`` in processes of their own, for five minutes at most."""
+    context = multiprocessing.spawn(worker, arguments, RANKS, join=False)
+    deadline = time.monotonic() + 300
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("the processes did not end")
 
 
 def trained(folder: str, world_size: int) -> dict[str, torch.Tensor]:
@@ -49,7 +67,7 @@ def train_elsewhere(rank: int, port: int, results: str) -> None:
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.save(trained(f"{results}/run", RANKS), f"{results}/{rank}.pt")
     assert distributed.get_world_size() == RANKS
-    distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.distributed
@@ -59,7 +77,7 @@ def test_the_trainer_makes_the_same_updates_on_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(train_elsewhere, (port, str(tmp_path)), RANKS)
+    on_every_rank(train_elsewhere, port, str(tmp_path))
     whole = trained(str(tmp_path / "alone"), 1)
     start = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2).state_dict()
     for rank in range(RANKS):
@@ -76,14 +94,14 @@ def work(rank: int, store: str, results: str) -> None:
     part = tiny.text(ROWS, LENGTH)[rank * share : (rank + 1) * share]
     offset = rank * share * LENGTH * model.module.qstar.rationales
     torch.save(step(model, part, offset), f"{results}/{rank}.pt")
-    distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path):
     """Rows of equal length, so that the mean over the processes is the mean over the rows."""
-    multiprocessing.spawn(work, (str(tmp_path / "store"), str(tmp_path)), RANKS)
+    on_every_rank(work, str(tmp_path / "store"), str(tmp_path))
     thoughts, gradients = step(tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2), tiny.text(ROWS, LENGTH))
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     assert torch.equal(torch.cat([drawn for drawn, _ in shares]), thoughts)

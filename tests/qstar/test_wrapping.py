@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qstar import attention, reference
+from qstar import attention, reference, wrapping
 from qstar.compatibility import check_behaviour
 from qstar.config import CONFIG_FILE, QuietStarConfig
 from qstar.grid import Text
@@ -369,3 +369,58 @@ def test_a_text_that_goes_on_beyond_the_limit_of_its_rotary_factors_is_refused()
     reading = read_text(model, Text.from_inputs(tokens[:, :8]), model.grid(8))
     with pytest.raises(ValueError, match="a text of 8 tokens and 23 more cross original_max_position_embeddings = 16"):
         read_on(model, reading, Text.from_inputs(tokens))
+
+
+@pytest.mark.parametrize("broken", ["attach", "check_behaviour", "_initial_embedding"])
+def test_whatever_fails_the_model_is_given_back_as_it_was(broken, monkeypatch):
+    """Its class, its attention, its vocabulary, its dropout, its frozen weights and every value."""
+    model, tokenizer = tiny.plain_model("llama"), tiny.tokenizer()
+    model.model.layers[0].self_attn.attention_dropout = 0.25
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    real = getattr(wrapping, broken)
+
+    def fails(*args, **kwargs):
+        real(*args, **kwargs)
+        raise IndexError("half way")
+
+    monkeypatch.setattr(wrapping, broken, fails)
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot read a thought grid: IndexError in a tiny pass"):
+        wrap(model, tokenizer)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert model.config._attn_implementation == "eager"
+    assert model.config.vocab_size == len(tiny.WORDS)
+    assert model.model.layers[0].self_attn.attention_dropout == 0.25
+    assert not model.lm_head.weight.requires_grad and model.model.norm.weight.requires_grad
+    assert model.state_dict().keys() == before.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    monkeypatch.undo()
+    assert wrap(model, tokenizer).qstar.start_token_id == len(tiny.WORDS)
+
+
+def test_token_ids_with_gaps_make_room_and_never_shrink_the_vocabulary():
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|startthought|>", "<|endthought|>"]})
+    ids = {"<|startthought|>": 90, "<|endthought|>": 95}
+    plain = tokenizer.convert_tokens_to_ids
+    tokenizer.convert_tokens_to_ids = lambda token: ids[token] if token in ids else plain(token)
+    model = tiny.plain_model("llama", vocab_size=50)
+    rows = model.get_input_embeddings().weight.detach().clone()
+    model = wrap(model, tokenizer, thought_tokens=2, ahead_tokens=1)
+    assert model.get_input_embeddings().weight.shape[0] == 96
+    assert torch.equal(model.get_input_embeddings().weight.detach()[:50], rows)
+
+
+def test_a_folder_s_own_code_is_not_run(tmp_path, monkeypatch):
+    """Whatever is typed at a prompt: a folder with code of its own is refused."""
+    model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1)
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= dict(model_type="mine", auto_map={"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("raise SystemExit('code of the folder was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises((ValueError, OSError)):
+        load(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tiny
+import torch
 from datasets import Dataset
 
 from qstar import train
@@ -23,6 +24,7 @@ GIVEN = dict(
     fp16_full_eval=True,
     bf16_full_eval=True,
     neftune_noise_alpha=5.0,
+    torch_compile=True,
 )
 
 
@@ -128,3 +130,37 @@ def test_a_metric_without_a_direction_is_refused(tmp_path):
     QuietStarArguments(
         str(tmp_path), metric_for_best_model="mixing_weight", greater_is_better=True, use_cpu=True, report_to="none"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("gradient_accumulation_steps", 0, 1),
+        ("per_device_train_batch_size", "4", 1),
+        ("per_device_eval_batch_size", 0, 1),
+        ("seq_length", 1, 2),
+        ("sample_steps", -1, 0),
+        ("gradient_norm_steps", 2.5, 0),
+        ("seed", True, 0),
+    ],
+)
+def test_a_number_that_is_none_or_too_small_is_named(name, value, least, tmp_path):
+    with pytest.raises(ValueError) as refused:
+        QuietStarArguments(str(tmp_path), report_to="none", **{name: value})
+    assert str(refused.value) == f"{name} is {value!r}, but it must be an integer of at least {least}"
+
+
+@pytest.mark.parametrize("value", [0, "3", 2.0])
+def test_steps_that_are_no_number_of_steps_are_named(value, tmp_path):
+    with pytest.raises(
+        ValueError, match=f"max_steps is {value!r}, but it must be an integer: the steps to train for, or -1"
+    ):
+        QuietStarArguments(str(tmp_path), report_to="none", max_steps=value)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_trains_on_its_cpu(tmp_path):
+    args = QuietStarArguments(str(tmp_path), report_to="none", bf16=True)
+    assert args.device.type == "cpu" and args.use_cpu and args.bf16
+    with pytest.raises(ValueError, match="fp16 is True, but there is no GPU: a CPU trains in bfloat16"):
+        QuietStarArguments(str(tmp_path), report_to="none", fp16=True)
