@@ -6,12 +6,13 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import every_model
 import pytest
 import tiny
 import torch
 from tiny_runs import records, texts, tiny_train
 
-from qstar import load, train
+from qstar import load, train, wrap
 from qstar.training.checkpoints import last_whole_checkpoint
 from qstar.training.fit import SETTINGS_FILE
 from qstar.training.savable import check_savable
@@ -149,3 +150,10 @@ def test_what_is_not_a_number_in_json_is_null(tmp_path):
     record = {"loss": float("nan"), "parts": [float("inf"), 1.5], "step": 3, "more": {"x": -float("inf")}}
     assert finite_or_none(record) == {"loss": None, "parts": [None, 1.5], "step": 3, "more": {"x": None}}
     assert json.loads(json.dumps(finite_or_none(record), allow_nan=False))["step"] == 3
+
+
+def test_a_class_of_transformers_that_does_not_load_its_own_folder_is_refused(tmp_path):
+    """Emu3's text part is no class that a folder's configuration leads to."""
+    model = wrap(every_model.tiny_model("emu3"), tiny.tokenizer(), thought_tokens=2, ahead_tokens=1)
+    with pytest.raises(ValueError, match="the model is a Emu3ForCausalLM, but AutoModelForCausalLM would load"):
+        check_savable(model, tmp_path)
