@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from qstar.config import setting
 from qstar.learning import BASELINES, Objective
@@ -113,6 +115,9 @@ class QuietStarArguments(TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = _more_is_better(self.metric_for_best_model)
         super().__post_init__()
+        loading = cast(AcceleratorConfig, self.accelerator_config)
+        if loading.dispatch_batches is None:
+            loading.dispatch_batches = False  # else one process cuts the batches of all, which must be of one length
         defaults = {each.name: each for each in fields(TrainingArguments)}
         for name, why in IGNORED_ARGUMENTS.items():
             value = getattr(self, name, None)

@@ -215,6 +215,15 @@ class QuietStarTrainer(Trainer):
                 )
         return optimizer
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Every row once: no process takes rows again so as to have as many as another."""
+        config = self.accelerator.dataloader_config
+        before, config.even_batches = config.even_batches, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            config.even_batches = before
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
