@@ -106,13 +106,14 @@ class QuietStarTrainer(Trainer):
         return loss
 
     def _check_finite(self, loss: Tensor) -> None:
-        named = {f"the gradient of {name}": p.grad for name, p in self.thinking_model.named_parameters()}
-        values = {"the loss": loss.detach()} | {name: x for name, x in named.items() if x is not None}
-        sums = [x.sum(dtype=torch.float32).to(loss.device) for x in values.values()]
-        finite = torch.stack(sums).isfinite()
-        if finite.all():
+        values = {"the loss": loss.detach()}
+        for name, parameter in self.thinking_model.named_parameters():
+            if parameter.grad is not None:
+                gradient: Any = parameter.grad
+                values[f"the gradient of {name}"] = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+        if torch.nn.utils.get_total_norm(values.values()).isfinite():
             return
-        # A sum may overflow where no value is infinite.
+        # The norm may be beyond a float where no value is.
         wrong = [name for name, x in values.items() if not x.isfinite().all()]
         if wrong:
             raise FloatingPointError(
