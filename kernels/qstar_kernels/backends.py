@@ -11,18 +11,16 @@ and an import fails all the same: ``auto`` warns, ``triton`` raises a RuntimeErr
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from qstar_kernels.common.launch import Tile
+from qstar_kernels.common.notices import warn_once
 
 NAMES = ("auto", "reference", "torch", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that the Triton kernels take
@@ -190,11 +188,10 @@ def find_refusal(op: str, given: Given) -> str | None:
 
 
 _failures: dict[str, Exception] = {}  # what was imported in vain: to try again would take as long at every call
-_warned: set[str] = set()
 
 
 def implementation(folder: str, backend: str) -> ModuleType:
-    """What does the work once the choice is made: the package ``backend`` of an op's folder, or Gluon's launches.
+    """What does the work once the choice is made: the package ``backend`` of an op's folder.
 
     The imports are statements, since torch's compiler follows no others.
     """
@@ -207,10 +204,6 @@ def implementation(folder: str, backend: str) -> ModuleType:
         from qstar_kernels.thought_attention import triton as attention_by_triton
 
         return attention_by_triton
-    if place == "thought_attention.gluon":
-        from qstar_kernels.thought_attention.gluon import launches
-
-        return launches
     if place == "lm_head.torch":
         from qstar_kernels.lm_head import torch as head_by_torch
 
@@ -234,37 +227,14 @@ def load(folder: str, backend: str) -> ModuleType | Exception:
         return error
 
 
-def find_gluon(kernel: str, architecture: str, dtype: torch.dtype, width: int) -> tuple[ModuleType, Tile] | None:
-    """The launches of attention's Gluon kernels and a tile, if the table of tiles asks for one in ``kernel``'s place.
-
-    Where it does not, nothing of Gluon is imported.
-    """
-    from qstar_kernels.thought_attention.triton.tiles import TABLE
-
-    tile = TABLE.find_special(f"hopper_{kernel}", architecture, dtype, width)
-    if tile is None:
-        return None
-    loaded = load("thought_attention", "gluon")
-    if isinstance(loaded, Exception):
-        warn_once(f"kernels in Triton run in the place of those in Gluon that the table of tiles asks for: {loaded!r}")
-        return None
-    return loaded, tile
-
-
-def warn_once(message: str) -> None:
-    """Once in a process, whatever the warnings' filters are."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
 def describe(kernels: Kernels, device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, str]:
     """The language of an op's kernels, and where their tiles come from."""
     from qstar_kernels.common.launch import architecture_of
+    from qstar_kernels.thought_attention.rivals import find_gluon
 
     architecture = architecture_of(device)
-    gluon = [name for name in kernels.names if find_gluon(name, architecture, dtype, width) is not None]
     table = import_module(f"qstar_kernels.{kernels.folder}.triton.tiles").TABLE
+    gluon = [name for name in kernels.names if find_gluon(table, name, architecture, dtype, width) is not None]
     used = [f"hopper_{name}" if name in gluon else name for name in kernels.names]
     sources = dict.fromkeys(str(table.source(name, architecture, dtype, width)) for name in used)
     return "gluon" if gluon else "triton", "; ".join(sources)

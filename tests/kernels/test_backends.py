@@ -331,12 +331,13 @@ def test_a_table_that_asks_for_gluon_where_it_is_broken_gets_triton(monkeypatch)
     pytest.importorskip("triton")
     table = import_module("qstar_kernels.thought_attention.triton.tiles").TABLE
     tile = import_module("qstar_kernels.common.launch").Tile(128, 64, 4, 2)
-    monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(backends, "_failures", {"thought_attention.gluon": ImportError("no Gluon")})
+    rivals = import_module("qstar_kernels.thought_attention.rivals")
+    monkeypatch.setattr(rivals, "_gluon_launches", lambda: ImportError("no Gluon"))
     with table.trying("hopper_forward", tile):
-        with pytest.warns(RuntimeWarning, match="kernels in Triton run in the place .*no Gluon"):
-            assert backends.find_gluon("forward", "sm_90", torch.bfloat16, 64) is None
-        assert backends.find_gluon("forward", "sm_90", torch.bfloat16, 64) is None
+        with pytest.warns(RuntimeWarning, match="kernels in Triton run in the place of .*no Gluon"):
+            assert rivals.find_gluon(table, "forward", "sm_90", torch.bfloat16, 64) is None
+        assert rivals.find_gluon(table, "forward", "sm_90", torch.bfloat16, 64) is None
+    assert rivals.find_gluon(table, "forward", "sm_90", torch.bfloat16, 64) is None
 
 
 def test_choose_looks_at_tensors():

@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from qstar_kernels.backends import choose
 from qstar_kernels.common.arguments import check_alike, check_tensor
+from qstar_kernels.lm_head.heads import make_rows
 from qstar_kernels.lm_head.log_prob import check_scored, differentiate, linear_log_prob, score_rows
-from qstar_kernels.lm_head.logits import LogitMap, accumulator_dtype, check_targets, make_rows, rows_of
+from qstar_kernels.lm_head.logits import LogitMap, accumulator_dtype, check_targets, rows_of
 
 FLOAT16_HEADROOM = 8  # bits by which a weight exceeds what gradients are multiples of
 

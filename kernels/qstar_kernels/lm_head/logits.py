@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qstar_kernels.backends import implementation
 from qstar_kernels.common.arguments import check_alike, check_number, check_tensor
 
 CPU_CHUNK_ELEMENTS = 2**24  # 64 MB in fp32: at V = 50k still 340 rows, below which the products slow down
@@ -69,22 +68,10 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b, out_dtype=dtype) if dtype.itemsize > a.dtype.itemsize else (a @ b).to(dtype)
 
 
-def make_rows(
-    backend: str,
-    weight: Tensor,
-    bias: Tensor | None,
-    forbidden: Tensor | None,
-    logit_map: LogitMap,
-    product_dtype: torch.dtype,
-):
-    """A head and what happens to the rows of its logits, by ``backend``, "torch" or "triton"."""
-    return implementation("lm_head", backend).Rows(as_operand(weight, product_dtype), bias, forbidden, logit_map)
-
-
 def logit_chunks(hidden: Tensor, head, rows: Tensor, *, column_multiple: int = 1) -> Iterator[tuple[Tensor, ...]]:
     """Yield ``(rows, factors, y)`` by chunks of ``rows``; every ``y`` lives in the same buffer.
 
-    ``factors`` are those of :func:`split`, for products with the head's weight. ``head`` is of :func:`make_rows`, and
+    ``factors`` are those of :func:`split`, for products with the head's weight. ``head`` is of ``make_rows``, and
     says what ``y`` holds. It has V columns rounded up to ``column_multiple`` and that of the head,
     powers of two, and may be overwritten.
     """

@@ -18,6 +18,7 @@ from torch import Tensor
 from qstar_kernels import reference
 from qstar_kernels.backends import choose, implementation
 from qstar_kernels.common.arguments import check_integer, check_number, integer_or_tensor
+from qstar_kernels.lm_head.heads import make_rows
 from qstar_kernels.lm_head.logits import (
     LEAST_TEMPERATURE,
     TILE,
@@ -26,7 +27,6 @@ from qstar_kernels.lm_head.logits import (
     check_forbidden,
     check_head,
     logit_chunks,
-    make_rows,
     without_autocast,
 )
 

@@ -7,13 +7,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from qstar_kernels.backends import find_gluon
 from qstar_kernels.common.launch import Launch, Tile
+from qstar_kernels.thought_attention.rivals import find_gluon
 from qstar_kernels.thought_attention.rules import Rules
 from qstar_kernels.thought_attention.triton.backward import key_gradient_kernel, query_gradient_kernel
 from qstar_kernels.thought_attention.triton.forward import forward_kernel
 from qstar_kernels.thought_attention.triton.step import step_kernel
-from qstar_kernels.thought_attention.triton.tiles import find_tile
+from qstar_kernels.thought_attention.triton.tiles import TABLE, find_tile
 
 
 def precision(dtype: torch.dtype, architecture: str) -> str:
@@ -62,7 +62,7 @@ def gluon_in_place(
     kernel: str, architecture: str, rationales: int, rules: Rules, q: Tensor, k: Tensor, *states: Tensor
 ) -> tuple[ModuleType, Tile] | None:
     """The launches of Gluon kernels and a tile if the table asks for such a kernel and it can take this call."""
-    found = find_gluon(kernel, architecture, q.dtype, q.shape[-1])
+    found = find_gluon(TABLE, kernel, architecture, q.dtype, q.shape[-1])
     if found is None:
         return None
     rules = rules.within(q.shape[2], (q.shape[3] - 1) // rationales)
