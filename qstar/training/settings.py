@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from qstar.config import setting
+from qstar.data import DataSettings
 from qstar.learning import BASELINES, Objective
 
 _OURS = "the losses and the evaluation are Quiet-STaR's own, which have no use for it"
@@ -56,7 +57,7 @@ class RunSettings:
 
 
 @dataclass
-class QuietStarArguments(TrainingArguments):
+class QuietStarArguments(DataSettings, TrainingArguments):
     """transformers' ``TrainingArguments``, with the paper's values as defaults and the settings of Quiet-STaR."""
 
     output_dir: str | None = setting("runs/quiet-star", "Folder for the model, the metrics and the checkpoints.")
@@ -68,8 +69,9 @@ class QuietStarArguments(TrainingArguments):
     logging_nan_inf_filter: bool = setting(False, "Leave losses that are not finite out of the log.")
     dataloader_pin_memory: bool = setting(torch.accelerator.is_available(), "Pin batches in memory, for a GPU.")
 
-    seq_length: int = setting(256, "N: text tokens in a row.")
-    text_column: str = setting("text", "The column that holds the text.")
+    dataset_split: str = setting("train", "Split of a hub dataset to train on.")
+    eval_config: str | None = setting(None, "Configuration of a hub dataset that is held out.")
+    eval_split: str = setting("test", "Split of a hub dataset that is held out.")
     policy_weight: float = setting(
         1.0,
         "beta: weight of the REINFORCE loss. With the 1e6 of the authors' code the gradient clip throttles all else.",
@@ -96,6 +98,7 @@ class QuietStarArguments(TrainingArguments):
             value = getattr(self, name, None)
             if name in defaults and value not in (defaults[name].default, [], None):
                 raise ValueError(f"{name} is {value!r}, but it must be left alone: {why}")
+        self.check_data()
         if self.thought_temperature < 0:
             raise ValueError(f"thought_temperature is {self.thought_temperature}, but it must be at least 0")
         self.objective()  # which checks the others
