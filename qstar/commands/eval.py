@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> None:
         description="Held-out log-likelihood of a trained model, with and without thoughts.",
     )
     parser.add_argument("folder", type=Path, help="What `qstar train` wrote.")
-    parser.add_argument("--dataset", required=True, help="Hub name, or a .txt, .jsonl, .json or .parquet file.")
+    parser.add_argument("--dataset", required=True, help="Hub name, folder, or .txt, .jsonl, .json or .parquet file.")
     parser.add_argument("--split", default="test", help="Split of a hub dataset.")
     parser.add_argument("--batch-size", type=int, default=8, help="Rows at a time.")
     parser.add_argument("--max-rows", type=int, help="Stop after so many rows.")

@@ -46,7 +46,7 @@ def fill(text_format: str, values: dict[str, str]) -> str:
 
 
 def text_reader(tokenizer: PreTrainedTokenizerBase, column: str, text_format: str | None, source: str) -> Reader:
-    """What tokenizes a batch of rows that hold text; an empty text gives no document, and every token is a label.
+    """What tokenizes a batch of rows that hold text; a blank text gives no document, and every token is a label.
 
     A document ends with the end-of-sequence token, where the tokenizer has one.
     """
@@ -60,7 +60,7 @@ def text_reader(tokenizer: PreTrainedTokenizerBase, column: str, text_format: st
 
     def read(batch: Batch, rows: list[int]) -> list[Document]:
         texts = [text_of(batch, i, row) for i, row in enumerate(rows)]
-        texts = [text for text in texts if text]
+        texts = [text for text in texts if text and not text.isspace()]
         if not texts:
             return []
         documents = tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]

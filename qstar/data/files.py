@@ -22,28 +22,32 @@ SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 UTF8 = "utf-8-sig"  # which leaves out a byte-order mark
 
 
-def load_file(path: Path, documents: str = "paragraph", columns: Iterable[str] | None = None) -> Dataset:
+def load_file(path: Path, documents: str, columns: Iterable[str] | None, name: str) -> Dataset:
     """The rows of a file; see :func:`qstar.data.load_texts`."""
     if not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{name} is {str(path)!r}, but the file is empty")
     try:
-        if path.suffix == ".txt":
-            return Dataset.from_text(glob.escape(str(path)), encoding=UTF8, sample_by=DOCUMENTS[documents])
-        if path.suffix == ".parquet":
-            return Dataset.from_parquet(glob.escape(str(path)))
-        kept = None if columns is None else tuple(columns)  # no list, which from_generator would share out
-        state = path.stat()  # a part of the cache's key: a file that has changed is read again
-        version = (state.st_mtime_ns, state.st_size)
-        options = {"path": str(path.resolve()), "name": str(path), "columns": kept, "version": version}
-        return Dataset.from_generator(json_rows, gen_kwargs=options)
+        return _read(path, documents, columns)
     except (DatasetGenerationError, ValueError) as error:
-        if path.suffix != ".parquet":
-            for _ in decoded_lines(path, str(path)):  # which names the place that is not UTF-8
-                pass
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         if path.suffix in (".json", ".jsonl") and type(cause) is ValueError:
-            raise cause from None
-        raise ValueError(f"{path} cannot be read as {path.suffix}: {cause}") from error
+            raise cause from None  # of json_rows, with its place
+        if isinstance(cause, UnicodeDecodeError):
+            for _ in decoded_lines(path, str(path)):  # which raises with the place
+                pass
+        raise ValueError(f"{name} is {str(path)!r}, but it cannot be read as {path.suffix}: {cause}") from error
+
+
+def _read(path: Path, documents: str, columns: Iterable[str] | None) -> Dataset:
+    if path.suffix == ".txt":
+        return Dataset.from_text(glob.escape(str(path)), encoding=UTF8, sample_by=DOCUMENTS[documents])
+    if path.suffix == ".parquet":
+        return Dataset.from_parquet(glob.escape(str(path)))
+    kept = None if columns is None else tuple(columns)  # no list, which from_generator would share out
+    state = path.stat()  # a part of the cache's key: a file that has changed is read again
+    version = (state.st_mtime_ns, state.st_size)
+    options = {"path": str(path.resolve()), "name": str(path), "columns": kept, "version": version}
+    return Dataset.from_generator(json_rows, gen_kwargs=options)
 
 
 def json_rows(path: str, name: str, columns: tuple[str, ...] | None, version: Any) -> Iterator[dict[str, Any]]:

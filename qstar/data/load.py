@@ -30,8 +30,9 @@ def load_texts(
     Args:
         dataset: a hub name (streamed), a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file, all in UTF-8, a folder
             that ``datasets`` reads, or an object of ``datasets``.
-        split: the split of a hub dataset, of a folder or of a dictionary of datasets.
-        config: the configuration of a hub dataset.
+        split: the split of a hub dataset, of a folder or of a dictionary of datasets; of anything else the defaults
+            ``"train"`` and ``"test"`` both stand for all of it.
+        config: the configuration of a hub dataset or of a folder.
         documents: what is one document in a ``.txt`` file: a ``"paragraph"``, a ``"line"`` or the whole ``"file"``.
         columns: of a JSON file: to keep, which must hold text or chats; None for those of the first row, unchecked.
         name: what errors call ``dataset``.
@@ -43,9 +44,13 @@ def load_texts(
     """
     if documents not in DOCUMENTS:
         raise ValueError(f"documents is {documents!r}, but it must be {', '.join(map(repr, DOCUMENTS))}")
-    if config is not None and not (isinstance(dataset, str) and not Path(dataset).exists()):
-        raise ValueError(f"the configuration of {name} is {config!r}, but only a hub dataset has configurations")
-    if isinstance(dataset, (Dataset, IterableDataset)):
+    whole = isinstance(dataset, (Dataset, IterableDataset))
+    is_path = isinstance(dataset, (str, Path))
+    if config is not None and (not is_path or Path(dataset).is_file()):
+        raise ValueError(f"the configuration of {name} is {config!r}, but only a hub dataset or a folder has some")
+    if split not in ("train", "test") and (whole or (is_path and Path(dataset).is_file())):
+        raise ValueError(f"the split of {name} is {split!r}, but a file or a single dataset has no splits")
+    if whole:
         return dataset
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         if split not in dataset:
@@ -55,11 +60,11 @@ def load_texts(
         raise TypeError(f"{name} must be a name, a path or a datasets object, but it is {type(dataset).__name__}")
     path = Path(dataset)
     if path.is_dir():
-        return _load_folder(path, split, name)
+        return _load_folder(path, split, config, name)
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise ValueError(f"{name} is {str(path)!r}, but a file must end in {', '.join(SUFFIXES)}")
-        return load_file(path, documents, columns)
+        return load_file(path, documents, columns, name)
     check_hub_name(dataset, name, SUFFIXES)
     try:
         return load_dataset(str(dataset), config, split=split, streaming=True)
@@ -86,7 +91,7 @@ def check_hub_name(value: str | Path, name: str, suffixes: tuple[str, ...] = ())
         ) from None
 
 
-def _load_folder(path: Path, split: str, name: str) -> AnyDataset:
+def _load_folder(path: Path, split: str, config: str | None, name: str) -> AnyDataset:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # of save_to_disk
-        return load_texts(load_from_disk(str(path)), split, name=name)
-    return load_dataset(str(path.resolve()), split=split, streaming=True)
+        return load_texts(load_from_disk(str(path)), split, config=config, name=name)
+    return load_dataset(str(path.resolve()), config, split=split, streaming=True)

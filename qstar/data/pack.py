@@ -27,7 +27,7 @@ def pack(
 ) -> AnyDataset:
     """Tokenize documents and pack them into rows of at most ``seq_length`` tokens.
 
-    Every document of text ends with the tokenizer's end-of-sequence token, where it has one; an empty one is left out.
+    Every document of text ends with the tokenizer's end-of-sequence token, where it has one; a blank one is left out.
     A row holds ``input_ids`` and ``position_ids``, which start again at 0 with each document: no thought looks into
     another document. Of chats it also holds ``labels``, -100 but for what the assistant says. The last row of every
     thousand documents may be shorter; only a row of a single token is dropped.

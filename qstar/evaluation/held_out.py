@@ -122,7 +122,7 @@ def evaluate(
     Args:
         model: from :func:`qstar.train` or :func:`qstar.load`.
         tokenizer: its tokenizer.
-        dataset: a hub name, a file or a ``datasets`` object.
+        dataset: a hub name, a file, a folder or a ``datasets`` object.
         split: of a hub dataset.
         batch_size: rows at a time.
         max_rows: stop after so many rows; None for all.

@@ -34,7 +34,8 @@ def train(
 
     Args:
         model: a hub name, a folder (also of an earlier :func:`train`) or a model object.
-        dataset: a hub name (streamed), a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file, a ``datasets`` object.
+        dataset: a hub name (streamed), a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file, a folder or an object of
+            ``datasets``; see :func:`qstar.data.load_texts`.
         output_dir: folder for the result; by default the first free one of ``runs/quiet-star``,
             ``runs/quiet-star-2``, ...
         tokenizer: of a model object; found by the model's name by default.
@@ -52,7 +53,8 @@ def train(
     Raises:
         TypeError: a setting that does not exist.
         ValueError: model or dataset is missing; a setting with a wrong value, or one that would be ignored; a model
-            that cannot think.
+            that cannot think; data that cannot be read, or hold no token to predict.
+        FileNotFoundError: model or dataset is neither here nor a name that the hub has or could have.
         FileExistsError: ``output_dir`` holds an earlier run.
     """
     thoughts, settings = split_settings("train()", settings)

@@ -50,7 +50,7 @@ class RunSettings:
     _argument_group_name = "run"
 
     model: str | None = setting(None, "Hub name or folder.")
-    dataset: str | None = setting(None, "Hub name, or a .txt, .jsonl, .json or .parquet file.")
+    dataset: str | None = setting(None, "Hub name, folder, or .txt, .jsonl, .json or .parquet file.")
     eval_dataset: str | None = setting(None, "Held-out text, evaluated as --eval_strategy says, or at the end.")
     batch_size: int | None = setting(None, "Another name for --per_device_train_batch_size.")
     resume: bool = setting(False, "Go on with the last whole checkpoint in --output_dir.")

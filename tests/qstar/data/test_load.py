@@ -47,11 +47,13 @@ def test_configuration_and_split_reach_the_hub(monkeypatch):
     assert calls == [(("some/data", "small"), dict(split="validation", streaming=True))]
 
 
-def test_a_configuration_is_refused_where_there_is_none(tmp_path):
+def test_a_configuration_and_a_split_are_refused_where_there_are_none(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     for dataset in (str(tmp_path / "a.txt"), Dataset.from_dict({"text": ["a"]})):
-        with pytest.raises(ValueError, match="the configuration of dataset is 'small', but only a hub dataset has"):
+        with pytest.raises(ValueError, match="the configuration of dataset is 'small', but only a hub dataset or"):
             load_texts(dataset, config="small")
+        with pytest.raises(ValueError, match=r"the split of eval_dataset is 'train\[:1\]', but a file or a"):
+            load_texts(dataset, "train[:1]", name="eval_dataset")
 
 
 def test_folders_are_read_as_they_were_saved(tmp_path):
@@ -65,12 +67,15 @@ def test_folders_are_read_as_they_were_saved(tmp_path):
     assert [row["text"] for row in load_texts(tmp_path / "files")] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_local_files_and_models_look_nothing_up_on_the_network(tmp_path):
     tiny.plain_model("llama").save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "a.txt").write_text("a b c d\n\ne f g h")
     (tmp_path / "a.jsonl").write_text('{"text": "a b c d"}')
     Dataset.from_dict({"text": ["a b"]}).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text('{"text": "a b c d"}')
     code = """
 import os, socket
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -84,6 +89,7 @@ from qstar import train
 from qstar.data import load_texts
 for name in ("a.txt", "a.jsonl", "a.parquet"):
     print(load_texts(name).num_rows)
+print(next(iter(load_texts("files")))["text"])
 options = dict(max_steps=1, seq_length=8, use_cpu=True, report_to="none", sample_steps=0, gradient_norm_steps=0)
 train("model", "a.txt", output_dir="run", eval_dataset="a.jsonl", save_strategy="no", **options)
 print("asked", asked)
@@ -91,4 +97,4 @@ print("asked", asked)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[:3] == ["2", "1", "1"] and lines[-1] == "asked []"
+    assert lines[:4] == ["2", "1", "1", "a b c d"] and lines[-1] == "asked []"

@@ -36,7 +36,7 @@ def words(tokens: list[int]) -> str:
 
 
 def test_documents_are_cut_into_rows_with_positions_of_their_own():
-    rows = pack(Dataset.from_dict({"text": ["a b c d e f g", "", "h", "i j"]}), tiny.tokenizer(), 4)
+    rows = pack(Dataset.from_dict({"text": ["a b c d e f g", "", " \n", "h", "i j"]}), tiny.tokenizer(), 4)
     assert [words(row["input_ids"]) for row in rows] == ["a b c d", "e f g <eos>", "h <eos> i j"]
     assert [row["position_ids"] for row in rows] == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 1]]
 
@@ -109,7 +109,7 @@ def test_a_row_that_is_no_document_is_named(column, values, message):
 @pytest.mark.parametrize(
     "column, values, message",
     [
-        ("text", ["", ""], "holds no token to predict: its documents are empty"),
+        ("text", ["", "\n"], "holds no token to predict: its documents are empty"),
         ("messages", [messages(("user", "a"))], "holds no token to predict"),
         ("text", [], "holds no rows"),
     ],

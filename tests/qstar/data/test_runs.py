@@ -157,3 +157,10 @@ def test_wrong_settings_of_data_are_named(settings, error, message, tmp_path):
 def test_evaluate_knows_its_settings():
     with pytest.raises(TypeError, match=r"evaluate\(\) has no setting 'text_colum'; did you mean 'text_column'"):
         evaluate(tiny.thinking_model(), tiny.tokenizer(), texts(), text_colum="text")
+
+
+@pytest.mark.parametrize("documents", ["paragraph", "line", "file"])
+def test_a_text_file_of_empty_lines_is_refused(documents, tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n\n")
+    with pytest.raises(ValueError, match=r"a\.txt.* holds no token to predict|a\.txt', but it cannot be read"):
+        tiny_train(tmp_path / "run", str(tmp_path / "a.txt"), documents=documents)
