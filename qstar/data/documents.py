@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -74,12 +74,17 @@ def chat_reader(tokenizer: PreTrainedTokenizerBase, column: str, source: str) ->
     """What tokenizes a batch of chats as the tokenizer's template writes them; labels are the assistant's part alone.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or cannot say what its tokens stand for.
     """
     if not tokenizer.chat_template:
         raise ValueError(
             f"text_column is {column!r}, which holds chats, but the tokenizer has no chat template to write them with: "
             "take the tokenizer of a chat model"
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"text_column is {column!r}, which holds chats, but the tokenizer is a {type(tokenizer).__name__}, which "
+            "cannot say which part of a text its tokens stand for: take a fast one"
         )
 
     def read(batch: Batch, rows: list[int]) -> list[Document]:
@@ -93,53 +98,44 @@ def _chat(tokenizer: PreTrainedTokenizerBase, value: Any, column: str, place: st
     if not is_chat(messages):
         raise ValueError(f"{place}: column {column!r} holds {found(value)}, but the first row holds a chat")
     template: Any = tokenizer.get_chat_template()
-    cut = _marked_pieces if MARKS_ASSISTANT.search(template) else _pieces
+    written = _marked if MARKS_ASSISTANT.search(template) else _prompted
     try:
-        pieces = list(cut(tokenizer, messages))
+        whole, spans = written(tokenizer, messages)
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"{place}, column {column!r}: the tokenizer's chat template refuses: {error}") from error
-    tokens: list[int] = []
-    labels: list[int] = []
-    for text, said in pieces:
-        # Each piece by itself: what the assistant says is generated after tokens that are there already.
-        piece = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-        tokens += piece
-        labels += piece if said else [IGNORED] * len(piece)
-    return tokens, labels
+    said = bytearray(len(whole))
+    for begin, end in spans:
+        said[begin:end] = b"\1" * (end - begin)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    mine = [begin < end and all(said[begin:end]) for begin, end in encoded["offset_mapping"]]
+    tokens = encoded["input_ids"]
+    return tokens, [token if learned else IGNORED for token, learned in zip(tokens, mine, strict=True)]
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, messages: Any) -> Iterator[tuple[str, bool]]:
-    """The chat as the template writes it, cut where the assistant begins and where its message ends; True: its part."""
+def _prompted(tokenizer: PreTrainedTokenizerBase, messages: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The chat as the template writes it, and from where to where in it the assistant answers a prompt."""
 
     def written(count: int, prompt: bool) -> str:
         return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
 
-    whole, end = written(len(messages), False), 0
+    whole, spans = written(len(messages), False), []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         if i == 0:
             raise ValueError("the assistant speaks first, but there must be something to answer")
         before, after = written(i, True), written(i + 1, False)
-        if not (whole.startswith(after) and after.startswith(before) and len(before) >= end):
+        if not (whole.startswith(after) and after.startswith(before)):
             raise ValueError(
                 f"it writes message {i + 1} otherwise once the chat goes on, so that the assistant's part cannot be "
                 "told: mark it in the template by {% generation %}"
             )
-        yield whole[end : len(before)], False
-        yield whole[len(before) : len(after)], True
-        end = len(after)
-    yield whole[end:], False
+        spans.append((len(before), len(after)))
+    return whole, spans
 
 
-def _marked_pieces(tokenizer: PreTrainedTokenizerBase, messages: Any) -> Iterator[tuple[str, bool]]:
-    """The same, as the template marks it itself."""
-    template: Any = tokenizer.get_chat_template()
-    options: dict[str, Any] = {"return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
-    [whole], [spans] = cast(Any, render_jinja_template([messages], chat_template=template, **options))
-    end = 0
-    for begin, after in spans:
-        yield whole[end:begin], False
-        yield whole[begin:after], True
-        end = after
-    yield whole[end:], False
+def _marked(tokenizer: PreTrainedTokenizerBase, messages: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The same, from the marks in the template."""
+    options: dict[str, Any] = {"chat_template": tokenizer.get_chat_template(), **tokenizer.special_tokens_map}
+    [whole], [spans] = cast(Any, render_jinja_template([messages], return_assistant_tokens_mask=True, **options))
+    return whole, spans

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from datasets import Dataset, IterableDataset
+from tokenizers import normalizers
 
 from qstar.data import DataSettings, pack, read_rows
 from qstar.data.pack import _rows
@@ -64,6 +66,23 @@ def test_of_chats_the_assistants_part_alone_is_learned(template):
     assert [words(row["input_ids"]) for row in rows] == ["u b c z a d e z", "u f z a g z u b", "c z a d e z"]
     assert [words(row["labels"]) for row in rows] == [". . . . . d e z", ". . . . g z . .", ". . . d e z"]
     assert [row["position_ids"] for row in rows] == [[*range(8)], [*range(6), 0, 1], [*range(6)]]
+
+
+@pytest.mark.parametrize("template", [PROMPTED, MARKED], ids=["by its prompt", "by its marks"])
+def test_a_chat_is_tokenized_as_the_tokenizer_itself_does(template):
+    """In one go: this one opens every text that it is given with a token of its own."""
+    tokenizer = chatting(template)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("x ")
+    [row] = pack(Dataset.from_dict({"messages": [messages(*CHAT)]}), tokenizer, 20, "messages")
+    assert row["input_ids"] == tokenizer.apply_chat_template(messages(*CHAT), return_dict=True)["input_ids"]
+    assert words(row["input_ids"]) == "x u b c z a d e z u f z a g z"
+    assert words(row["labels"]) == ". . . . . . d e z . . . . g z"
+
+
+def test_a_tokenizer_that_cannot_place_its_tokens_is_refused_for_chats():
+    tokenizer = SimpleNamespace(chat_template=PROMPTED, is_fast=False)
+    with pytest.raises(ValueError, match="the tokenizer is a SimpleNamespace, which cannot say which part of a text"):
+        pack(Dataset.from_dict({"messages": [messages(*CHAT)]}), tokenizer, 20, "messages")
 
 
 def test_the_labels_of_chats_are_what_a_batch_predicts():
