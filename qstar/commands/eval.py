@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from qstar.data import DataSettings
+from qstar.data.load import check_name
 from qstar.evaluation.held_out import evaluate
 from qstar.evaluation.tables import evaluation_table
 from qstar.wrapping import load
@@ -32,9 +34,13 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="Sample thoughts at it; 0 is greedy.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of sampled thoughts.")
     parser.add_argument("--output", type=Path, help="Where to write the result; FOLDER/eval.json if not given.")
+    for action in parser._actions:
+        if action.default is None:
+            action.default = argparse.SUPPRESS  # no default to show
     options = vars(parser.parse_args(arguments))
-    folder, output = options.pop("folder"), options.pop("output")
+    folder, output = options.pop("folder"), options.pop("output", None)
 
+    check_name(options["dataset"], "dataset")
     model, tokenizer = load(folder)
     if torch.cuda.is_available():
         nn.Module.to(model, "cuda")

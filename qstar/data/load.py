@@ -65,7 +65,7 @@ def load_texts(
         if path.suffix not in SUFFIXES:
             raise ValueError(f"{name} is {str(path)!r}, but a file must end in {', '.join(SUFFIXES)}")
         return load_file(path, documents, columns, name)
-    check_hub_name(dataset, name, SUFFIXES)
+    check_name(dataset, name)
     try:
         return load_dataset(str(dataset), config, split=split, streaming=True)
     except (DatasetNotFoundError, ConnectionError) as error:
@@ -74,14 +74,16 @@ def load_texts(
         ) from error
 
 
-def check_hub_name(value: str | Path, name: str, suffixes: tuple[str, ...] = ()) -> None:
-    """Refuse what is a path that does not exist, or could be no name on the hub.
+def check_name(value: str | Path, name: str) -> None:
+    """Refuse what does not exist here and is written like a path, or could be no name on the hub.
 
     Raises:
         FileNotFoundError: it is one of them; ``name`` is what the error calls it.
     """
     text = str(value)
-    if isinstance(value, Path) or text.startswith((".", "/", "~")) or Path(text).suffix in suffixes:
+    if Path(text).exists():
+        return
+    if isinstance(value, Path) or text.startswith((".", "/", "~")) or Path(text).suffix in SUFFIXES:
         raise FileNotFoundError(f"{name} is {text!r}, but there is no such file or folder")
     try:
         validate_repo_id(text)

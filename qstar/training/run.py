@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from qstar.config import CONFIG_FILE, SIZES, ThoughtSettings, check_names, setting_names
 from qstar.data import AnyDataset, read_rows, read_texts
-from qstar.data.load import check_hub_name
+from qstar.data.load import check_name
 from qstar.model import QuietStarModel
 from qstar.training.fit import TrainResult, fit
 from qstar.training.settings import QuietStarArguments
@@ -115,7 +115,7 @@ def check_model_name(model: str | Path | PreTrainedModel) -> None:
         return
     if Path(model).exists():
         raise NotADirectoryError(f"model is {str(model)!r}, but it must be a folder or a hub name, and this is a file")
-    check_hub_name(model, "model")
+    check_name(model, "model")
 
 
 def open_model(

@@ -69,6 +69,16 @@ def test_a_mistyped_model_is_named_before_the_data_are_read(model, tmp_path, mon
         train(model, texts(), output_dir=tmp_path / "run")
 
 
+def test_a_mistyped_dataset_is_named_before_a_model_is_loaded(folder, monkeypatch, capsys):
+    monkeypatch.setattr(run, "open_model", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qstar.commands.eval.load", lambda *_: pytest.fail("the model is loaded"))
+    for command in (["train", "--model", str(folder / "model")], ["eval", str(folder / "model")]):
+        for dataset, said in (("held.jsonl", "there is no such file"), ("my data", "could be no name on the hub")):
+            assert main([*command, "--dataset", dataset]) == 1
+            error = capsys.readouterr().err
+            assert f"qstar {command[0]}: dataset is '{dataset}', but" in error and said in error
+
+
 def test_a_model_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_text("")
     with pytest.raises(NotADirectoryError, match="but it must be a folder or a hub name, and this is a file"):
