@@ -37,6 +37,7 @@ PROBLEMS = 500
 REFUSED = (
     *("model", "dataset", "tokenizer", "eval_dataset", "resume_from_checkpoint"),
     *("start_init", "end_init", "num_train_epochs"),
+    *("text_format", "documents", "dataset_config", "dataset_split", "eval_config", "eval_split"),
 )
 SIZES: dict[str, Any] = dict(thought_tokens=5, ahead_tokens=1, rationales=2)
 SETTINGS: dict[str, Any] = dict(

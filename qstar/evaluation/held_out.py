@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from qstar.data import AnyDataset, PadRight, load_texts, pack
+from qstar.config import check_names, setting_names
+from qstar.data import AnyDataset, DataSettings, PadRight, read_rows, read_texts
 from qstar.grid import IGNORED
 from qstar.model import QuietStarModel, embedding_rows
 from qstar.talking import read_batch, talk
@@ -116,28 +117,33 @@ def evaluate(
     dataset: str | Path | AnyDataset,
     *,
     split: str = "test",
-    text_column: str = "text",
-    seq_length: int = 256,
     batch_size: int = 8,
     max_rows: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    **reading: Any,
 ) -> Evaluation:
     """Evaluate on a dataset, see :func:`qstar.data.load_texts`.
 
     Args:
         model: from :func:`qstar.train` or :func:`qstar.load`.
         tokenizer: its tokenizer.
-        dataset: a hub name, a file or a ``datasets`` object.
+        dataset: a hub name, a file, a folder or a ``datasets`` object.
         split: of a hub dataset.
-        text_column: the column that holds the text.
-        seq_length: text tokens in a row.
         batch_size: rows at a time.
         max_rows: stop after so many rows; None for all.
         temperature: thoughts are sampled at; greedy by default.
         seed: of the thoughts, where they are sampled.
+        reading: any field of :class:`qstar.data.DataSettings` (``seq_length``, ``text_column``, ...).
+
+    Raises:
+        TypeError: a setting that does not exist.
+        ValueError: a setting with a wrong value; the dataset cannot be read, or holds no token to predict.
     """
-    rows = pack(load_texts(dataset, split), tokenizer, seq_length, text_column)
+    check_names("evaluate()", reading, setting_names(DataSettings))
+    settings = DataSettings(**reading)
+    settings.check_data()
+    rows = read_rows(read_texts(dataset, split, settings, settings.dataset_config), tokenizer, settings, dataset)
     kept: Any = list(islice(rows, max_rows))
     loader: DataLoader[Any] = DataLoader(kept, batch_size, collate_fn=PadRight(tokenizer.pad_token_id or 0))
     return evaluate_rows(model, loader, temperature=temperature, seed=seed)

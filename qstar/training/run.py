@@ -11,7 +11,8 @@ from datasets import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from qstar.config import CONFIG_FILE, SIZES, ThoughtSettings, check_names, setting_names
-from qstar.data import AnyDataset, load_texts, pack
+from qstar.data import AnyDataset, read_rows, read_texts
+from qstar.data.load import check_name
 from qstar.model import QuietStarModel
 from qstar.training.checkpoints import last_whole_checkpoint
 from qstar.training.fit import SETTINGS_FILE, TrainResult, fit
@@ -34,7 +35,8 @@ def train(
 
     Args:
         model: a hub name, a folder (also of an earlier :func:`train`) or a model object.
-        dataset: a hub name (streamed), a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file, a ``datasets`` object.
+        dataset: a hub name (streamed), a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file, a folder or an object of
+            ``datasets``; see :func:`qstar.data.load_texts`.
         output_dir: folder for the result; by default the first free one of ``runs/quiet-star``,
             ``runs/quiet-star-2``, ...
         tokenizer: of a model object; found by the model's name by default.
@@ -52,7 +54,8 @@ def train(
     Raises:
         TypeError: a setting that does not exist.
         ValueError: model or dataset is missing; a setting with a wrong value, or one that would be ignored; a model
-            that cannot think.
+            that cannot think; data that cannot be read, or hold no token to predict.
+        FileNotFoundError: model or dataset is neither here nor a name that the hub has or could have.
         FileExistsError: ``output_dir`` holds an earlier run.
     """
     thoughts, settings = split_settings("train()", settings)
@@ -65,15 +68,20 @@ def train(
         raise ValueError(f"output_dir is {str(folder)!r}, but the model is there: training would write over it")
     args = QuietStarArguments(output_dir=str(folder), **settings)
     set_seed(args.seed)
-    thinking, tokenizer = open_model(model, tokenizer, thoughts)
-    rows = pack(load_texts(dataset), tokenizer, args.seq_length, args.text_column)
-    if isinstance(rows, IterableDataset) and args.max_steps <= 0:
+    check_model_name(model)
+    texts = read_texts(dataset, args.dataset_split, args, args.dataset_config)
+    if isinstance(texts, IterableDataset) and args.max_steps <= 0:
         raise ValueError(
             f"max_steps is {args.max_steps}, but a streamed dataset has no length: give the steps to train for"
         )
-    held_out = None
+    held_texts = None
     if eval_dataset is not None:
-        held_out = pack(load_texts(eval_dataset, "test"), tokenizer, args.seq_length, args.text_column)
+        held_texts = read_texts(eval_dataset, args.eval_split, args, args.eval_config, "eval_dataset")
+    thinking, tokenizer = open_model(model, tokenizer, thoughts)
+    rows = read_rows(texts, tokenizer, args, dataset)
+    if isinstance(rows, IterableDataset):
+        rows = rows.repeat(None)  # one pass without end: a run that is resumed beyond the first finds its place
+    held_out = None if held_texts is None else read_rows(held_texts, tokenizer, args, eval_dataset, "eval_dataset")
     metrics = fit(thinking, tokenizer, args, rows, held_out, resume_from_checkpoint)
     return TrainResult(thinking, tokenizer, metrics, folder)
 
@@ -100,6 +108,20 @@ def split_settings(call: str, settings: dict[str, Any]) -> tuple[dict[str, Any],
     return thoughts, settings
 
 
+def check_model_name(model: str | Path | PreTrainedModel) -> None:
+    """Refuse a model's name that is no folder here and could be none on the hub, before anything is read.
+
+    Raises:
+        FileNotFoundError: as it says.
+        NotADirectoryError: it is a file.
+    """
+    if isinstance(model, PreTrainedModel) or Path(model).is_dir():
+        return
+    if Path(model).exists():
+        raise NotADirectoryError(f"model is {str(model)!r}, but it must be a folder or a hub name, and this is a file")
+    check_name(model, "model")
+
+
 def open_model(
     model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, thoughts: dict[str, Any]
 ) -> tuple[QuietStarModel, PreTrainedTokenizerBase]:
@@ -108,12 +130,12 @@ def open_model(
         if (Path(model) / CONFIG_FILE).is_file():
             loaded, stored = load(model, dtype=torch.float32)
             return resized(loaded, thoughts), tokenizer or stored
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
     if tokenizer is None:
         if not model.name_or_path:
             raise ValueError("tokenizer is missing: the model object has no name to find it by")
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
     if isinstance(model, QuietStarModel):
         return resized(model, thoughts), tokenizer
     return wrap(model, tokenizer, **thoughts), tokenizer

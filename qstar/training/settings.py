@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from qstar.config import setting
+from qstar.data import DataSettings
 from qstar.learning import BASELINES, Objective
 
 _OURS = "the losses and the evaluation are Quiet-STaR's own, which have no use for it"
@@ -29,13 +30,10 @@ IGNORED_ARGUMENTS = {
     "torch_compile": "passes over text and over thoughts have other shapes and layouts, on which the compiler fails",
     "use_liger_kernel": "it replaces the forward in which the model thinks",
 }  # fields of TrainingArguments that would be ignored, or make a result wrong
-
-
 LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
-    "seq_length": 2,
     "sample_steps": 0,
     "gradient_norm_steps": 0,
     "seed": 0,
@@ -61,14 +59,14 @@ class RunSettings:
     _argument_group_name = "run"
 
     model: str | None = setting(None, "Hub name or folder.")
-    dataset: str | None = setting(None, "Hub name, or a .txt, .jsonl, .json or .parquet file.")
+    dataset: str | None = setting(None, "Hub name, folder, or .txt, .jsonl, .json or .parquet file.")
     eval_dataset: str | None = setting(None, "Held-out text, evaluated as --eval_strategy says, or at the end.")
     batch_size: int | None = setting(None, "Another name for --per_device_train_batch_size.")
     resume: bool = setting(False, "Go on with the last whole checkpoint in --output_dir.")
 
 
 @dataclass
-class QuietStarArguments(TrainingArguments):
+class QuietStarArguments(DataSettings, TrainingArguments):
     """transformers' ``TrainingArguments``, with the paper's values as defaults and the settings of Quiet-STaR."""
 
     output_dir: str | None = setting("runs/quiet-star", "Folder for the model, the metrics and the checkpoints.")
@@ -80,8 +78,9 @@ class QuietStarArguments(TrainingArguments):
     logging_nan_inf_filter: bool = setting(False, "Leave losses that are not finite out of the log.")
     dataloader_pin_memory: bool = setting(torch.accelerator.is_available(), "Pin batches in memory, for a GPU.")
 
-    seq_length: int = setting(256, "N: text tokens in a row.")
-    text_column: str = setting("text", "The column that holds the text.")
+    dataset_split: str = setting("train", "Split of a hub dataset to train on.")
+    eval_config: str | None = setting(None, "Configuration of a hub dataset that is held out.")
+    eval_split: str = setting("test", "Split of a hub dataset that is held out.")
     policy_weight: float = setting(
         1.0,
         "beta: weight of the REINFORCE loss. With the 1e6 of the authors' code the gradient clip throttles all else.",
@@ -123,6 +122,7 @@ class QuietStarArguments(TrainingArguments):
             value = getattr(self, name, None)
             if name in defaults and value not in (defaults[name].default, [], None):
                 raise ValueError(f"{name} is {value!r}, but it must be left alone: {why}")
+        self.check_data()
         if self.thought_temperature < 0:
             raise ValueError(f"thought_temperature is {self.thought_temperature}, but it must be at least 0")
         self.objective()  # which checks the others

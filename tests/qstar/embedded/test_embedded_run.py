@@ -169,6 +169,7 @@ def test_the_control_learns_from_the_text_alone(finished):
         (dict(start_init="---"), ValueError, "start_init is '---', but the embedded default has its own"),
         (dict(start_init=None), ValueError, "start_init is None, but the embedded default has its own"),
         (dict(num_train_epochs=7), ValueError, "num_train_epochs is 7, but the embedded default has its own"),
+        (dict(documents="line"), ValueError, "documents is 'line', but the embedded default has its own"),
         (dict(model="x"), ValueError, r"model is 'x', but the embedded default has its own: qstar.train\(\) takes it"),
         (dict(max_step=3), TypeError, r"train_embedded\(\) has no setting 'max_step'; did you mean 'max_steps'"),
         (dict(thought_temperature=-1.0), ValueError, r"thought_temperature is -1\.0, but it must be at least 0"),
