@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qstar import attention
-from qstar.compatibility import check_architecture, check_behaviour, disable_dropout
+from qstar.compatibility import EXACT, check_architecture, check_behaviour, disable_dropout, plain_passes, small_copy
 from qstar.config import QuietStarConfig, ThoughtSettings, check_names, setting_names
 from qstar.heads import MixingHead
 from qstar.model import QuietStarModel, embedding_rows, quiet_star_class
@@ -50,16 +50,22 @@ def wrap(
     initial = [_initial_embedding(rows, tokenizer, text) for text in (thoughts.start_init, thoughts.end_init)]
     if max(start, end) >= len(embedding_rows(model)):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = embedding_rows(model)
+    with torch.no_grad():
+        for token, vector in zip((start, end), initial, strict=True):
+            rows[token] = vector
+    before = plain_passes(model, start, end) if check else None
+    small = small_copy(model) if check else None
     plain_class, plain_attention = type(model), model.config._attn_implementation
     thinking = attach(model, QuietStarConfig(**asdict(thoughts), start_token_id=start, end_token_id=end))
-    rows = embedding_rows(thinking)
-    parameters = (thinking.qstar_start, thinking.qstar_end)
     with torch.no_grad():
-        for token, parameter, vector in zip((start, end), parameters, initial, strict=True):
-            rows[token] = parameter.copy_(vector)
+        for parameter, vector in zip((thinking.qstar_start, thinking.qstar_end), initial, strict=True):
+            parameter.copy_(vector)
     if check:
         try:
-            check_behaviour(thinking)
+            check_behaviour(thinking, before)
+            if small is not None:
+                _check_small(small, thinking.qstar)
         except Exception as error:  # whatever a model does with a grid that it was not written for
             _detach(thinking, plain_class, plain_attention)
             if isinstance(error, ValueError):
@@ -114,6 +120,18 @@ def attach(model: PreTrainedModel, config: QuietStarConfig) -> QuietStarModel:
     model.set_attn_implementation(attention.NAME)
     disable_dropout(model)
     return model
+
+
+def _check_small(small: PreTrainedModel, config: QuietStarConfig) -> None:
+    """Check a small copy of a model, in which nothing hides and float32 is exact; its last two words are the tokens."""
+    rows, words = embedding_rows(small), small.config.get_text_config(decoder=True).vocab_size
+    start, end = words - 2, words - 1
+    before = plain_passes(small, start, end)
+    thinking = attach(small, replace(config, start_token_id=start, end_token_id=end))
+    with torch.no_grad():
+        thinking.qstar_start.copy_(rows[start])
+        thinking.qstar_end.copy_(rows[end])
+    check_behaviour(thinking, before, EXACT)
 
 
 def _detach(model: PreTrainedModel, plain_class: type[PreTrainedModel], plain_attention: str) -> None:
