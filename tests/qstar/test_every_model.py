@@ -7,6 +7,7 @@ on its left and one of two documents; half of its thoughts are the model's own, 
 from __future__ import annotations
 
 import copy
+import re
 
 import every_model
 import pytest
@@ -190,3 +191,28 @@ def test_it_is_saved_and_loaded(model_type, tmp_path):
             read_grid(again, text, again.grid(POSITIONS), thoughts),
             read_grid(model, text, model.grid(POSITIONS), thoughts),
         )
+
+
+OWN_MASKS = {"git"}  # makes a mask of its own and calls no attention of transformers, so that nothing can be refused
+UNREAD = {"blt", "bailing_hybrid", "musicgen", "musicgen_melody", "nemotron_h"}  # their tiny models read no text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", all_types())
+def test_without_thoughts_it_stays_what_it_was_or_is_refused(model_type):
+    """Texts with padding, through the attention that the class takes by itself and through ours."""
+    if model_type in OWN_MASKS | UNREAD or documented()[model_type] == UNTRIED:
+        pytest.skip("nothing to compare")
+    model = made_wild(every_model.fresh_model(model_type))
+    if not type(model)._can_set_attn_implementation():
+        return
+    inputs = {name: value for name, value in batch().items() if name != "position_ids"}
+    before = model(**inputs, use_cache=False).logits
+    model.set_attn_implementation("qstar")
+    if re.search("chooses or compresses", documented()[model_type]) or model_type == "inkling2_text":
+        with pytest.raises(ValueError, match=r"adds compressed keys|passes (indices|block_indices|sinks)"):
+            model(**inputs, use_cache=False)
+        return
+    after, text = model(**inputs, use_cache=False).logits, inputs["attention_mask"].bool()
+    error = float((after - before)[text].norm() / before[text].norm())
+    assert error < 2e-6

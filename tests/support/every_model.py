@@ -35,6 +35,7 @@ SIZES: list[tuple[str, int]] = [
     (r"(\w+_)?head_dim|d_kv|d_head", HEAD_WIDTH),
     (r"(q|kv)_lora_rank", 16),
     (r"(num|moe_num|num_local|n_routed)_experts", EXPERTS),
+    (r"index_topk|index_topk_blocks", 2),
     (r"num_experts_per_tok\w*|moe_topk|moe_k|top_k_experts", 2),
     (r"n_group|topk_group|n_shared_experts|num_shared_experts|first_k_dense_replace", 1),
 ]
