@@ -51,6 +51,12 @@ def check_architecture(model: PreTrainedModel) -> None:
         getattr(config, "layer_types", None) or ()
     ):
         raise ValueError(f"{name} has chunked attention layers, which thought attention does not know")
+    if getattr(config, "output_router_logits", False):
+        logger.warning(
+            "output_router_logits is True, but the auxiliary loss that balances the experts of %s is left out in "
+            "training: router_aux_loss_coef has no effect",
+            name,
+        )
     for path, module in model.named_modules():
         if re.search("indexer|compressor", type(module).__name__, re.IGNORECASE):
             raise ValueError(
@@ -132,13 +138,16 @@ def plain_passes(model: PreTrainedModel, start: int, end: int) -> PlainPasses:
     thoughts = words[torch.randint(len(words), shape, generator=generator)].to(device)
     rows = TINY.tokens(tokens, thoughts, start, end).view(TINY.positions, TINY.slots)[:, 1:]
     rows = rows.reshape(TINY.positions, TINY.rationales, TINY.rationale_length)
+    alone = [torch.cat([tokens[:, : i + 1].expand(TINY.rationales, -1), rows[i]], 1) for i in range(TINY.positions)]
     with evaluating(model):
-        rationales = [
-            _last_hidden(model, torch.cat([tokens[:, : i + 1].expand(TINY.rationales, -1), rows[i]], dim=1))[:, i + 1 :]
-            for i in range(TINY.positions)
-        ]
-        text = _last_hidden(model, tokens)[0]
-        logits = model(input_ids=tokens, use_cache=False).logits[0]
+        try:
+            text = _last_hidden(model, tokens)[0]
+            rationales = [_last_hidden(model, each)[:, -TINY.rationale_length :] for each in alone]
+            logits = model(input_ids=tokens, use_cache=False).logits[0]
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot read a text of input_ids alone: {type(error).__name__} ({error})"
+            ) from error
         _check_noise(model, tokens, text)
     return PlainPasses(tokens, thoughts, rows, text, torch.stack(rationales), logits)
 
@@ -190,7 +199,7 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel | None:
     """
     for layers in (LAYERS, 2, 1):
         config = copy.deepcopy(model.config)
-        with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
+        with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             for part in {id(x): x for x in (config, *_parts(config))}.values():
                 _shrink(part, layers)
             with torch.device("meta"):
