@@ -28,14 +28,14 @@ def fresh(model_type: str, **changes) -> transformers.PreTrainedModel:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_soft_cap_that_small_logits_hide_is_found(dtype):
     """Gemma 3 with images does not apply it: 7e-5 of fresh logits, all of trained ones."""
-    with pytest.raises(ValueError, match=r"output head of Gemma3ForConditionalGeneration differs .* 1e-05 is allowed"):
+    with pytest.raises(ValueError, match=r"output head of Gemma3ForConditionalGeneration differs .* 1e-04 is allowed"):
         wrap(fresh("gemma3", final_logit_softcapping=3.0).to(dtype), tiny.tokenizer())
     wrap(fresh("gemma3").to(dtype), tiny.tokenizer())
 
 
 def test_a_scaling_that_16_bits_hide_is_found():
     """HyperCLOVA X multiplies by 0.99 where others divide; 2 percent are lost beside what 16 bits are allowed."""
-    with pytest.raises(ValueError, match=r"output head of HyperCLOVAXForCausalLM differs .* 1e-05 is allowed"):
+    with pytest.raises(ValueError, match=r"output head of HyperCLOVAXForCausalLM differs .* 1e-04 is allowed"):
         wrap(fresh("hyperclovax", logits_scaling=0.99).bfloat16(), tiny.tokenizer())
 
 
@@ -44,7 +44,7 @@ def test_inputs_of_every_layer_behind_gates_of_zero_are_found_missing(monkeypatc
     gates = [p for name, p in model.named_parameters() if name.endswith("correct_output_scale")]
     assert gates and not any(gate.any() for gate in gates)
     monkeypatch.setattr(QuietStarModel, "_per_layer_inputs", lambda self, tokens: {})
-    with pytest.raises(ValueError, match=r"pass of Gemma3nForCausalLM differs .* 1e-05 is allowed"):
+    with pytest.raises(ValueError, match=r"pass of Gemma3nForCausalLM differs .* 1e-04 is allowed"):
         wrap(model, tiny.tokenizer())
 
 
