@@ -22,7 +22,7 @@ from qstar.grid import IGNORED, Text
 from qstar.learning import Objective, QuietStarOutput
 from qstar.model import QuietStarModel, embedding_rows
 from qstar.talking import read_grid, talk
-from qstar.thinking import think
+from qstar.thinking import read_on, read_text, think
 from qstar.wrapping import load
 
 EVERYDAY = ["bart", "bert", "deepseek_v3", "gemma2", "gemma3n_text", "gemma4", "gpt2", "gpt_oss", "llama"]
@@ -116,6 +116,17 @@ def assert_log_probabilities(model: QuietStarModel, text: Text, thoughts: torch.
     assert_close(ours.log_talk.transpose(2, 3)[counted], theirs.log_talk, "log-probabilities after thoughts")
 
 
+@torch.no_grad()
+def assert_reading_on(model: QuietStarModel, text: Text) -> None:
+    """A text that is read in two parts has the states of one that is read at once."""
+    grid, part = model.grid(POSITIONS), Text.from_inputs(**{name: x[:, :6] for name, x in batch().items()})
+    model.eval()
+    whole, on = read_text(model, text, grid), read_on(model, read_text(model, part, grid), text)
+    model.train()
+    valid = batch()["attention_mask"].bool()
+    assert_close(on.hidden[valid], whole.hidden[valid], "states of a text in two parts")
+
+
 def assert_gradients(model: QuietStarModel, oracle: Oracle) -> None:
     embedding = embedding_rows(oracle.plain)
     theirs = {name: p.grad for name, p in oracle.plain.named_parameters() if p.grad is not None}
@@ -154,6 +165,7 @@ def test_it_is_exact_or_refused_in_a_sentence(model_type, weights):
         ours, theirs = scored(model, thoughts), by_the_oracle(oracle, thoughts)
         assert_close(theirs.said[:, 0], theirs.most[:, 0], "log-probabilities of the most probable thoughts")
         assert_log_probabilities(model, text, thoughts, theirs)
+        assert_reading_on(model, text)
         assert_close(ours.loss.detach(), theirs.loss.detach(), "loss")
         ours.loss.backward()
         theirs.loss.backward()
