@@ -7,17 +7,27 @@ and needs no code of any model. Without a layout the pair is a drop-in for ``sdp
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.generic import TransformersKwargs
 
 from qstar.drop_in import plain_attention, plain_mask
 from qstar.layouts import Layout, attend, open_layout
 
 NAME = "qstar"
 IRRELEVANT = ("position_ids", "sliding_window")  # what a layout knows itself
+PLAIN = {  # what the attention of transformers takes, and what models pass on to it that means another part of them
+    *IRRELEVANT,
+    *TransformersKwargs.__annotations__,
+    *inspect.signature(sdpa_attention_forward).parameters,
+    *("cache_position", "labels", "logits_to_keep", "return_dict", "use_cache"),
+}
 
 
 def qstar_mask(*, local_size: int | None = None, **kwargs: Any) -> Layout | Tensor | None:
@@ -57,7 +67,8 @@ def qstar_attention(
         The output ``[B, S, Hq, Dv]``, and None for the weights.
 
     Raises:
-        ValueError: on a thought grid attention dropout, or an argument that changes attention and is not known here.
+        ValueError: an argument that changes attention and is not known here, or a layer that adds
+            compressed keys; on a thought grid attention dropout.
     """
     if isinstance(attention_mask, Layout):
         if dropout:
@@ -73,6 +84,7 @@ def qstar_attention(
         return attend(attention_mask, query, key, value, scaling, softcap, s_aux), None
     if open_layout() is not None:
         raise ValueError(f"{type(module).__name__} did not pass the thought layout on: it makes a mask of its own")
+    _check_plain(module, kwargs)
     return plain_attention(
         module,
         query,
@@ -83,6 +95,16 @@ def qstar_attention(
         sinks=s_aux,
         **dict(kwargs, scaling=scaling, dropout=dropout),
     )
+
+
+def _check_plain(module: nn.Module, arguments: dict[str, Any]) -> None:
+    """Raise ValueError where the results of ``module`` would not stay what they were."""
+    name = type(module).__name__
+    for argument, value in arguments.items():
+        if argument not in PLAIN and value is not None and value is not False:
+            raise ValueError(f"{name} passes {argument}, which attn_implementation={NAME!r} does not know")
+    if any(re.search("compressor", type(child).__name__, re.IGNORECASE) for child in module.children()):
+        raise ValueError(f"{name} adds compressed keys, which the masks of attn_implementation={NAME!r} do not know")
 
 
 def register() -> None:

@@ -136,8 +136,15 @@ class QuietStarModel(_Decoder):
                 attention_mask=everything,
                 position_ids=position_ids,
                 use_cache=False,
+                **self._per_layer_inputs(tokens),
             )
         return output.last_hidden_state
+
+    def _per_layer_inputs(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What every layer reads of the tokens beside their embeddings, in models that have such a thing."""
+        if not getattr(self.config.get_text_config(decoder=True), "hidden_size_per_layer_input", None):
+            return {}
+        return dict(per_layer_inputs=self.get_decoder().get_per_layer_inputs(tokens))
 
     def mix(self, base: Tensor, after: Tensor, base_index: Tensor) -> tuple[Tensor, Tensor]:
         """Base states mixed with what thoughts lead to, ``u + w (g - u)`` (paper, section 4.4).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qstar import attention
-from qstar.compatibility import check_architecture, check_behaviour, disable_dropout, noise_of
+from qstar.compatibility import (
+    EXACT,
+    check_architecture,
+    check_behaviour,
+    disable_dropout,
+    noise_of,
+    plain_passes,
+    small_copy,
+)
 from qstar.config import QuietStarConfig, ThoughtSettings, check_names, setting_names
 from qstar.heads import MixingHead
 from qstar.model import QuietStarModel, embedding_rows, quiet_star_class
@@ -48,19 +56,24 @@ def wrap(
     tokens = [thoughts.start_token, thoughts.end_token]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
     start, end = (cast(int, tokenizer.convert_tokens_to_ids(token)) for token in tokens)
-    with _given_back_unless_it_thinks(model):
+    with _given_back_unless_it_thinks(model, start, end):
         rows = embedding_rows(model).detach()
         initial = [_initial_embedding(rows, tokenizer, text) for text in (thoughts.start_init, thoughts.end_init)]
         if max(start, end) >= len(rows):  # ids may have gaps, so that there are more of them than tokens
             model.resize_token_embeddings(max(start, end, len(tokenizer) - 1) + 1, mean_resizing=False)
-        thinking = attach(model, QuietStarConfig(**asdict(thoughts), start_token_id=start, end_token_id=end))
-        rows = embedding_rows(thinking)
-        parameters = (thinking.qstar_start, thinking.qstar_end)
         with torch.no_grad():
-            for token, parameter, vector in zip((start, end), parameters, initial, strict=True):
-                rows[token] = parameter.copy_(vector)
-        if check:
-            check_behaviour(thinking)
+            for token, vector in zip((start, end), initial, strict=True):
+                embedding_rows(model)[token] = vector
+        plain = (plain_passes(model, start, end), small_copy(model)) if check else None
+        thinking = attach(model, QuietStarConfig(**asdict(thoughts), start_token_id=start, end_token_id=end))
+        with torch.no_grad():
+            for parameter, vector in zip((thinking.qstar_start, thinking.qstar_end), initial, strict=True):
+                parameter.copy_(vector)
+        if plain is not None:
+            before, small = plain
+            check_behaviour(thinking, before)
+            if small is not None:
+                _check_small(small, thinking.qstar)
     if thinking.generation_config is not None:
         suppressed = set(thinking.generation_config.suppress_tokens or ()) | {start, end}
         thinking.generation_config.suppress_tokens = sorted(suppressed)
@@ -111,11 +124,24 @@ def attach(model: PreTrainedModel, config: QuietStarConfig) -> QuietStarModel:
     return model
 
 
+def _check_small(small: PreTrainedModel, config: QuietStarConfig) -> None:
+    """Check a small copy of a model, in which nothing hides and float32 is exact; its last two words are the tokens."""
+    rows, words = embedding_rows(small), small.config.get_text_config(decoder=True).vocab_size
+    start, end = words - 2, words - 1
+    before = plain_passes(small, start, end)
+    thinking = attach(small, replace(config, start_token_id=start, end_token_id=end))
+    with torch.no_grad():
+        thinking.qstar_start.copy_(rows[start])
+        thinking.qstar_end.copy_(rows[end])
+    check_behaviour(thinking, before, EXACT)
+
+
 @contextlib.contextmanager
-def _given_back_unless_it_thinks(model: PreTrainedModel) -> Iterator[None]:
+def _given_back_unless_it_thinks(model: PreTrainedModel, start: int, end: int) -> Iterator[None]:
     """Make ``model`` what it was if anything inside fails, and say of any failure that it cannot think."""
     plain_class, plain_attention = type(model), model.config._attn_implementation
     rows, noise = len(embedding_rows(model)), noise_of(model)
+    written = {token: embedding_rows(model)[token].detach().clone() for token in (start, end) if token < rows}
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         yield
@@ -129,6 +155,9 @@ def _given_back_unless_it_thinks(model: PreTrainedModel) -> Iterator[None]:
             setattr(module, name, value)
         if len(embedding_rows(model)) != rows:
             model.resize_token_embeddings(rows, mean_resizing=False)
+        with torch.no_grad():
+            for token, vector in written.items():
+                embedding_rows(model)[token] = vector
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(frozen.get(name, True))
         if isinstance(error, ValueError):

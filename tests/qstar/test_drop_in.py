@@ -354,3 +354,15 @@ def test_dropout_is_not_lost(layer, fused):
 )
 def test_the_rule(dtype, positions, window, softcap, expected):
     assert drop_in.fused_is_better(torch.empty(1, 1, positions, 8, dtype=dtype), window, softcap, None) is expected
+
+
+@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks", "anything"])
+def test_an_unknown_argument_is_refused(name, layer):
+    with pytest.raises(ValueError, match=f"Gemma2Attention passes {name}, which attn_implementation='qstar' does not"):
+        attention.qstar_attention(layer, *inputs(7, 7), None, **{name: torch.zeros(1)})
+
+
+def test_arguments_of_other_parts_of_a_model_are_not_refused(layer):
+    others = dict(num_items_in_batch=torch.tensor(3), use_cache=True, position_ids=torch.arange(7)[None], indices=None)
+    plain, _ = attention.qstar_attention(layer, *inputs(7, 7), None)
+    assert torch.equal(attention.qstar_attention(layer, *inputs(7, 7), None, **others)[0], plain)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from pathlib import Path
 
 import tiny
 import torch
@@ -10,6 +12,8 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # class names by model type
 
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+THINKS, UNTRIED = "thinks", "not tried"
 MOST_PARAMETERS = 50_000_000  # beyond it a model is not tiny: its config has a size under a name that is not below
 
 VOCABULARY = 40  # above that of the tokenizer: rows to spare, as most published models have
@@ -20,7 +24,7 @@ SIZES: list[tuple[str, int]] = [
     (r"(\w+_)?vocab_size(_\w+)?", VOCABULARY),
     (r"pad_token_id", 0),
     (r"(bos|eos|decoder_start)_token_id", 1),
-    (r"(image|video|audio)_token_(id|index)", VOCABULARY - 1),
+    (r"(image|video|audio)_token_(id|index)", 0),  # as padding, which stands in for an image without features
     (r"n_positions|max_(position_embeddings|seq_len|target_positions|source_positions)", 128),
     (r"sliding_window|sliding_window_size|attention_window_size", 4),
     (r"(\w+_)?num_key_value_heads|(num|n)_kv_heads?", KV_HEADS),
@@ -31,9 +35,14 @@ SIZES: list[tuple[str, int]] = [
     (r"(\w+_)?head_dim|d_kv|d_head", HEAD_WIDTH),
     (r"(q|kv)_lora_rank", 16),
     (r"(num|moe_num|num_local|n_routed)_experts", EXPERTS),
+    (r"index_topk|index_topk_blocks", 2),
     (r"num_experts_per_tok\w*|moe_topk|moe_k|top_k_experts", 2),
     (r"n_group|topk_group|n_shared_experts|num_shared_experts|first_k_dense_replace", 1),
 ]
+NEUTRAL = {  # defaults that would hide what a model does with them
+    r"logits_scaling|(embedding|residual|attention)_multiplier": (1.0, 0.5),
+    r"(final_logit|attn_logit)_softcapping": (None, 3.0),
+}
 MUST_BE_SET = ("head_dim", "num_key_value_heads", "num_experts_per_tok")  # where their default is None
 
 PLAIN_ROPE = dict(rope_type="default", rope_theta=1e4)
@@ -53,7 +62,7 @@ BY_HAND: dict[str, dict] = {
         intermediate_size=[INNER] * 4,
         activation_sparsity_pattern=[0.95, 0.0] * 2,
     ),
-    "gemma4_text": dict(hidden_size_per_layer_input=0),
+    "gemma4_text": dict(hidden_size_per_layer_input=4),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "lfm2": dict(layer_types=["conv", "full_attention"], num_hidden_layers=2),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
@@ -68,6 +77,13 @@ BY_HAND: dict[str, dict] = {
     "zamba": dict(layers_block_type=["linear_attention", "hybrid"] * 2, num_hidden_layers=4),
     "zaya": dict(num_experts_per_tok=1),
 }
+
+
+@functools.cache
+def documented() -> dict[str, str]:
+    """What docs/models.md says of each model type: THINKS, UNTRIED, or a part of the refusal."""
+    rows = re.findall(r"^\| ([^|]+) \|.* \| ([^|]+) \|$", DOCUMENT.read_text(), re.MULTILINE)
+    return {name: said.strip('"') for said, names in rows for name in re.findall(r"`([\w-]+)`", names)}
 
 
 def tiny_values(config_class: type[PreTrainedConfig]) -> dict:
@@ -90,6 +106,16 @@ def tiny_values(config_class: type[PreTrainedConfig]) -> dict:
     return values | one_layer_of_each_kind(settings) | BY_HAND.get(config_class.model_type, {})
 
 
+def telling_values(default: PreTrainedConfig) -> dict:
+    """Other values for settings whose neutral default would hide what a model does with them."""
+    return {
+        name: telling
+        for name, value in default.to_dict().items()
+        for pattern, (neutral, telling) in NEUTRAL.items()
+        if re.fullmatch(pattern, name) and value == neutral and type(value) is not bool
+    }
+
+
 def one_layer_of_each_kind(settings: dict) -> dict:
     """The lists that have an entry for every layer, cut down to layers that differ, but two at least."""
     depth = settings.get("num_hidden_layers")
@@ -101,13 +127,19 @@ def one_layer_of_each_kind(settings: dict) -> dict:
     return cut | dict(num_hidden_layers=len(layers)) if cut else {}
 
 
-def tiny_model(model_type: str) -> PreTrainedModel:
-    """A random model, in ``eval()``, whose layers count: their initial weights would be lost beside the residual."""
+def fresh_model(model_type: str) -> PreTrainedModel:
+    """A model as it is initialized, in ``eval()``."""
     model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-    config = model_class.config_class(**tiny_values(model_class.config_class))
+    config_class = model_class.config_class
+    config = config_class(**telling_values(config_class()) | tiny_values(config_class))
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in model_class(config).parameters())
     if count > MOST_PARAMETERS:
         raise ValueError(f"{model_type} has {count} parameters")
     torch.manual_seed(0)
-    return tiny.randomized(model_class(config)).eval()
+    return model_class(config).eval()
+
+
+def tiny_model(model_type: str) -> PreTrainedModel:
+    """A random model, in ``eval()``, whose layers count: their initial weights would be lost beside the residual."""
+    return tiny.randomized(fresh_model(model_type))
