@@ -46,6 +46,11 @@ class DataSettings:
             raise ValueError(f"text_format and text_column {self.text_column!r} are both given: give one of them")
         self.columns()
 
+    def check_documents(self, *datasets: object) -> None:
+        """Raise ValueError where ``documents`` is set, and none of ``datasets`` is a ``.txt`` file."""
+        if self.documents != "paragraph" and not any(str(each).endswith(".txt") for each in datasets):
+            raise ValueError(f"documents is {self.documents!r}, but only a .txt file is cut into documents by it")
+
     def columns(self) -> list[str]:
         """The columns that are read.
 

@@ -143,6 +143,7 @@ def evaluate(
     check_names("evaluate()", reading, setting_names(DataSettings))
     settings = DataSettings(**reading)
     settings.check_data()
+    settings.check_documents(dataset)
     rows = read_rows(read_texts(dataset, split, settings, settings.dataset_config), tokenizer, settings, dataset)
     kept: Any = list(islice(rows, max_rows))
     loader: DataLoader[Any] = DataLoader(kept, batch_size, collate_fn=PadRight(tokenizer.pad_token_id or 0))

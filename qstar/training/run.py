@@ -67,6 +67,10 @@ def train(
     if named and Path(named).resolve() == folder.resolve():
         raise ValueError(f"output_dir is {str(folder)!r}, but the model is there: training would write over it")
     args = QuietStarArguments(output_dir=str(folder), **settings)
+    args.check_documents(dataset, eval_dataset)
+    for name, value, default in (("eval_split", args.eval_split, "test"), ("eval_config", args.eval_config, None)):
+        if eval_dataset is None and value != default:
+            raise ValueError(f"{name} is {value!r}, but there is no eval_dataset that it could be of")
     set_seed(args.seed)
     check_model_name(model)
     texts = read_texts(dataset, args.dataset_split, args, args.dataset_config)

@@ -103,6 +103,12 @@ class QuietStarArguments(DataSettings, TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}, but it must be an integer of at least {least}")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is None and each.default is None:
+                continue
+            if each.type in (float, "float") and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"{each.name} is {value!r}, but it must be a number")
         if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps == 0:
             raise ValueError(
                 f"max_steps is {self.max_steps!r}, but it must be an integer: the steps to train for, or -1"

@@ -150,6 +150,16 @@ def test_a_number_that_is_none_or_too_small_is_named(name, value, least, tmp_pat
     assert str(refused.value) == f"{name} is {value!r}, but it must be an integer of at least {least}"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning_rate", "1e-3"), ("policy_weight", "1"), ("max_grad_norm", None), ("num_train_epochs", True)],
+)
+def test_what_is_no_number_is_named(name, value, tmp_path):
+    with pytest.raises(ValueError) as refused:
+        QuietStarArguments(str(tmp_path), report_to="none", **{name: value})
+    assert str(refused.value) == f"{name} is {value!r}, but it must be a number"
+
+
 @pytest.mark.parametrize("value", [0, "3", 2.0])
 def test_steps_that_are_no_number_of_steps_are_named(value, tmp_path):
     with pytest.raises(
@@ -164,3 +174,18 @@ def test_a_machine_without_a_gpu_trains_on_its_cpu(tmp_path):
     assert args.device.type == "cpu" and args.use_cpu and args.bf16
     with pytest.raises(ValueError, match="fp16 is True, but there is no GPU: a CPU trains in bfloat16"):
         QuietStarArguments(str(tmp_path), report_to="none", fp16=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(documents="line"), "documents is 'line', but only a .txt file is cut into documents by it"),
+        (dict(eval_split="validation"), "eval_split is 'validation', but there is no eval_dataset that it could be of"),
+        (dict(eval_config="main"), "eval_config is 'main', but there is no eval_dataset that it could be of"),
+    ],
+)
+def test_a_setting_of_data_that_would_be_ignored_is_refused(settings, message, tmp_path):
+    data = Dataset.from_dict({"text": ["a b c d"] * 4})
+    with pytest.raises(ValueError) as refused:
+        train(tiny.plain_model("llama"), data, output_dir=tmp_path / "run", report_to="none", **settings)
+    assert str(refused.value) == message
