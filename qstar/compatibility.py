@@ -100,7 +100,7 @@ def _named(noise: list[tuple[nn.Module, str, float]]) -> str:
 
 @dataclass(frozen=True)
 class PlainPasses:
-    """What a model says of a tiny text, before anything of ours is in it: from ``input_ids``, by its own attention.
+    """What a model says of a tiny text, before anything of ours is in it: from ``input_ids``, by its eager attention.
 
     Attributes:
         tokens: a text, ``[1, N]``.
