@@ -107,7 +107,7 @@ class QuietStarModel(_Decoder):
         Raises:
             ValueError: the limit lies between the text's last position and that of its thoughts.
         """
-        limit = _long_rope_limit(self.config.get_text_config(decoder=True))
+        limit = long_rope_limit(self.config.get_text_config(decoder=True))
         if limit is None:
             return
         length = int(positions.max()) + 1
@@ -219,7 +219,7 @@ def embedding_rows(model: PreTrainedModel) -> Tensor:
     return cast(Tensor, model.get_input_embeddings().weight)
 
 
-def _long_rope_limit(config: PreTrainedConfig) -> int | None:
+def long_rope_limit(config: PreTrainedConfig) -> int | None:
     """The length up to which LongRoPE takes its short factors, None where a model has no such thing."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]

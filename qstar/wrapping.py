@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +25,9 @@ from qstar.compatibility import (
 )
 from qstar.config import QuietStarConfig, ThoughtSettings, check_names, setting_names
 from qstar.heads import MixingHead
-from qstar.model import QuietStarModel, embedding_rows, quiet_star_class
+from qstar.model import QuietStarModel, embedding_rows, long_rope_limit, quiet_star_class
+
+logger = logging.getLogger(__name__)
 
 
 def wrap(
@@ -75,6 +78,13 @@ def wrap(
             check_behaviour(thinking, before)
             if small is not None:
                 _check_small(small, thinking.qstar)
+    limit = long_rope_limit(thinking.config.get_text_config(decoder=True))
+    if limit is not None:
+        logger.warning(
+            "%s changes its rotary factors at %d tokens: shorter texts whose thoughts reach beyond are refused",
+            type(thinking).__name__,
+            limit,
+        )
     if thinking.generation_config is not None:
         suppressed = set(thinking.generation_config.suppress_tokens or ()) | {start, end}
         thinking.generation_config.suppress_tokens = sorted(suppressed)

@@ -129,3 +129,11 @@ def test_a_text_that_goes_on_beyond_the_limit_of_its_rotary_factors_is_refused()
     reading = read_text(model, Text.from_inputs(tokens[:, :8]), model.grid(8))
     with pytest.raises(ValueError, match="a text of 8 tokens and 23 more cross original_max_position_embeddings = 16"):
         read_on(model, reading, Text.from_inputs(tokens))
+
+
+def test_wrapping_says_where_rotary_factors_change(caplog):
+    tiny.thinking_model("phi3", changes=LONG_ROPE, thought_tokens=3, ahead_tokens=2)
+    assert "Phi3ForCausalLM changes its rotary factors at 16 tokens: shorter texts whose thoughts" in caplog.text
+    caplog.clear()
+    tiny.thinking_model("phi3", thought_tokens=3, ahead_tokens=2)
+    assert "rotary factors" not in caplog.text
