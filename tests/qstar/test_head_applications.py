@@ -17,6 +17,8 @@ from qstar.talking import read_batch
 from qstar.thinking import think
 from qstar.wrapping import attach
 
+pytestmark = pytest.mark.slow
+
 
 def embedded_default():
     """The embedded default's decoder, before its pre-training."""

@@ -77,6 +77,7 @@ def think_elsewhere(model, queue) -> None:
     queue.put((type(model).__mro__[1].__name__, loss_of(model).item()))
 
 
+@pytest.mark.slow
 def test_a_spawned_process_gets_a_model_that_thinks():
     model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2)
     context = multiprocessing.get_context("spawn")
@@ -90,6 +91,7 @@ def test_a_spawned_process_gets_a_model_that_thinks():
     assert process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_was_saved_whole_runs_in_a_fresh_process(tmp_path):
     """Which has imported nothing of ours by itself."""
     model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2)

@@ -14,6 +14,8 @@ from qstar.grid import Text
 from qstar.learning import Objective
 from qstar.talking import talk
 
+pytestmark = pytest.mark.slow
+
 LETTERS, LENGTH, POSITIONS = 2, 2, 4
 CHUNKS, COPIES = 40, 64
 

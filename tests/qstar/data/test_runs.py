@@ -30,6 +30,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_at", [2, 7, 13])
 def test_a_stream_that_is_resumed_goes_on_where_it_was(saved_at, tmp_path):
     """Also beyond its first pass, which here is five batches long, and its second."""

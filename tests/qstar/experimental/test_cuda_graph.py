@@ -21,6 +21,8 @@ from qstar.learning import Objective
 from qstar.thinking import Thinking, read_text, think
 from qstar_kernels import thought_attention_step
 
+pytestmark = pytest.mark.slow
+
 WIDE = {"gpt2": dict(n_embd=64), "gpt_neox": dict(hidden_size=64)}  # heads that are wide enough for the kernels
 
 
