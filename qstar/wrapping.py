@@ -67,8 +67,10 @@ def wrap(
         with torch.no_grad():
             for token, vector in zip((start, end), initial, strict=True):
                 embedding_rows(model)[token] = vector
-        model.set_attn_implementation("eager")  # which leaves nothing out, as sdpa does a soft-cap
-        plain = (plain_passes(model, start, end), small_copy(model)) if check else None
+        plain = None
+        if check:
+            model.set_attn_implementation("eager")  # which leaves nothing out, as sdpa does a soft-cap
+            plain = plain_passes(model, start, end), small_copy(model)
         thinking = attach(model, QuietStarConfig(**asdict(thoughts), start_token_id=start, end_token_id=end))
         with torch.no_grad():
             for parameter, vector in zip((thinking.qstar_start, thinking.qstar_end), initial, strict=True):

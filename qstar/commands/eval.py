@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 from qstar.data import DataSettings
 from qstar.data.load import check_name
 from qstar.evaluation.held_out import evaluate
-from qstar.evaluation.tables import evaluation_table
+from qstar.evaluation.tables import evaluation_table, finite_or_none
 from qstar.wrapping import load
 
 
@@ -47,5 +47,6 @@ def run(arguments: list[str]) -> None:
     result = evaluate(model, tokenizer, **options)
     print(evaluation_table(result))
     path = output or folder / "eval.json"
-    path.write_text(json.dumps({"dataset": options["dataset"], **result.summary(), **asdict(result)}, indent=2) + "\n")
+    record = finite_or_none({"dataset": options["dataset"], **result.summary(), **asdict(result)})
+    path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     print(f"written to {path}")

@@ -1,8 +1,10 @@
-"""Results as plain text tables."""
+"""Results as plain text tables, and as JSON can say them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from qstar.evaluation.held_out import Evaluation, perplexity
 
@@ -28,3 +30,12 @@ def evaluation_table(result: Evaluation) -> str:
         f"{table(header, rows)}\n\n{result.tokens} tokens predicted; mean mixing weight {result.mixing_weight:.3f}; "
         f"perplexity {perplexity(result.nll_base):.3f} without and {perplexity(result.nll_talk):.3f} with thoughts"
     )
+
+
+def finite_or_none(value: Any) -> Any:
+    """``value`` as JSON can say it: null for numbers that are infinite or NaN."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_none(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qstar.data import PadRight
 from qstar.evaluation.held_out import evaluate_rows
+from qstar.evaluation.tables import finite_or_none
 from qstar.grid import Counts
 from qstar.learning import Objective, QuietStarOutput
 from qstar.model import PREFIX, QuietStarModel
@@ -268,12 +268,3 @@ class QuietStarTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self.thinking_model.load_thoughts(cast(str, self.state.best_model_checkpoint))
-
-
-def finite_or_none(value: Any) -> Any:
-    """``value`` as JSON can say it: null for numbers that are infinite or NaN."""
-    if isinstance(value, dict):
-        return {name: finite_or_none(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [finite_or_none(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

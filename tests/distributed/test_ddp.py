@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from datasets import IterableDataset
+from tiny_runs import unequal_rows
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,12 +48,7 @@ def on_every_rank(worker, *arguments: object) -> None:
 
 def trained(folder: str, world_size: int, streamed: bool) -> dict[str, torch.Tensor]:
     """The weights after two updates of four rows that are learned from to very different extents, and an evaluation."""
-    learned = [(0, 3), (0, 12), (7, 9), (0, 12), (2, 12), (0, 12), (10, 12), (0, 5)]
-    rows = []
-    for seed, (begin, end) in enumerate(learned):
-        ids = tiny.text(1, 12, seed)[0].tolist()
-        labels = [token if begin <= i < end else -100 for i, token in enumerate(ids)]
-        rows.append({"input_ids": ids, "labels": labels, "position_ids": list(range(12))})
+    rows = unequal_rows()
     options = dict(max_steps=2, warmup_steps=0, optim="sgd", learning_rate=0.1, max_grad_norm=1e9, save_strategy="no")
     quiet = dict(report_to="none", disable_tqdm=True, sample_steps=0, gradient_norm_steps=0, use_cpu=True)
     batch = dict(per_device_train_batch_size=4 // world_size, train_sampling_strategy="sequential", seq_length=12)

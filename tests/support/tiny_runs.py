@@ -41,3 +41,15 @@ def tiny_train(output_dir: Path, dataset=None, model=None, **settings) -> TrainR
 def records(folder: Path) -> list[dict]:
     """What a run has logged."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def unequal_rows() -> list[dict]:
+    """Rows of one length that are learned from to very different extents, documents packed into one of them."""
+    learned = [(0, 3), (0, 12), (7, 9), (0, 12), (2, 12), (0, 12), (10, 12), (0, 5)]
+    rows = []
+    for seed, (begin, end) in enumerate(learned):
+        ids = tiny.text(1, 12, seed)[0].tolist()
+        labels = [token if begin <= i < end else -100 for i, token in enumerate(ids)]
+        positions = [*range(5), *range(7)] if seed == 3 else list(range(12))
+        rows.append({"input_ids": ids, "labels": labels, "position_ids": positions})
+    return rows

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from plain_answers import answer_log_probs, greedy_thought
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -39,25 +40,6 @@ def finished(tmp_path_factory):
         with pytest.warns(UserWarning, match="below its goal"):
             assert main(["train", "--output-dir", str(folder / "result"), *FLAGS.split()]) == 0
     return folder / "result", "\n".join(printed), cache
-
-
-def own_thought(model, prompt: Tensor) -> Tensor:
-    """A greedy thought, every token by a plain pass over all before it."""
-    tokens = torch.cat([prompt, prompt.new_tensor([model.qstar.start_token_id])])
-    for _ in range(model.qstar.thought_tokens):
-        said = reference.logits(model, reference.hidden_states(model, tokens)[-1]).argmax(-1, keepdim=True)
-        tokens = torch.cat([tokens, said])
-    return tokens[len(prompt) + 1 :]
-
-
-def answer_log_probs(model, prompt: Tensor, choices: Tensor, thought: Tensor | None) -> Tensor:
-    """Of the permitted answers ``[A]``, by plain passes, the mixing by hand."""
-    state = reference.hidden_states(model, prompt)[-1]
-    if thought is not None:
-        start, end = ([token] for token in (model.qstar.start_token_id, model.qstar.end_token_id))
-        whole = torch.cat([prompt, prompt.new_tensor(start), thought, prompt.new_tensor(end)])
-        state = reference.mix(model, state, reference.hidden_states(model, whole)[-1])
-    return reference.logits(model, state)[choices].log_softmax(-1)
 
 
 @torch.no_grad()
@@ -94,11 +76,11 @@ def models_of_the_report(folder, cache):
     digits = run.random_digits(problems(PROBLEMS, SEED, tokenizer), THOUGHT_TOKENS, SEED)
     return {
         "before, without thoughts": (before, without_thoughts),
-        "before, with untrained thoughts": (before, lambda number, prompt: own_thought(before, prompt)),
+        "before, with untrained thoughts": (before, lambda number, prompt: greedy_thought(before, prompt)),
         "plain training, without thoughts": (plain, without_thoughts),
         "trained to think, without thoughts": (trained, without_thoughts),
         "trained to think, random digits as thoughts": (trained, lambda number, prompt: digits[number]),
-        "trained to think, with its thoughts": (trained, lambda number, prompt: own_thought(trained, prompt)),
+        "trained to think, with its thoughts": (trained, lambda number, prompt: greedy_thought(trained, prompt)),
     }
 
 

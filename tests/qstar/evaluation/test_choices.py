@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from plain_answers import answer_log_probs, greedy_thought
 
 from qstar import reference
 from qstar.evaluation.choices import choice_log_probs
@@ -16,28 +17,10 @@ CHOICES = torch.tensor([4, 9, 17])
 
 
 def plain_answers(model, prompts, thoughts=None):
-    """``[B, A]``, every prompt by itself, the mixing by hand."""
-    rows = []
-    for number, prompt in enumerate(prompts):
-        state = reference.hidden_states(model, prompt)[-1]
-        if thoughts is not None:
-            edges = prompt.new_tensor([model.qstar.start_token_id, model.qstar.end_token_id])
-            whole = torch.cat([prompt, edges[:1], thoughts[number], edges[1:]])
-            state = reference.mix(model, state, reference.hidden_states(model, whole)[-1])
-        rows.append(reference.logits(model, state)[CHOICES].log_softmax(-1))
-    return torch.stack(rows)
-
-
-def greedy_thoughts(model, prompts):
-    """``[B, K]``, every token by a plain pass over all before it."""
-    thoughts = []
-    for prompt in prompts:
-        tokens = torch.cat([prompt, prompt.new_tensor([model.qstar.start_token_id])])
-        for _ in range(model.qstar.thought_tokens):
-            said = reference.logits(model, reference.hidden_states(model, tokens)[-1]).argmax(-1, keepdim=True)
-            tokens = torch.cat([tokens, said])
-        thoughts.append(tokens[len(prompt) + 1 :])
-    return torch.stack(thoughts)
+    """``[B, A]``, every prompt by itself."""
+    thoughts = [None] * len(prompts) if thoughts is None else thoughts
+    pairs = zip(prompts, thoughts, strict=True)
+    return torch.stack([answer_log_probs(model, prompt, CHOICES, thought) for prompt, thought in pairs])
 
 
 @torch.no_grad()
@@ -46,7 +29,10 @@ def greedy_thoughts(model, prompts):
 def test_answers_with_and_without_thoughts_are_those_of_plain_passes(family, thought_tokens):
     model = tiny.thinking_model(family, thought_tokens=thought_tokens, ahead_tokens=2, rationales=2)
     prompts = tiny.text(3, 6)
-    own, given = greedy_thoughts(model, prompts), tiny.text(3, thought_tokens, seed=9)
+    own, given = (
+        torch.stack([greedy_thought(model, prompt) for prompt in prompts]),
+        tiny.text(3, thought_tokens, seed=9),
+    )
     cases = [(False, None, None), (True, None, own), (True, given, given)]
     found = []
     for thinking, thoughts, expected in cases:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from math import exp
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from qstar import reference
 from qstar.data import PadRight
 from qstar.evaluation.held_out import Evaluation, evaluate_rows
-from qstar.evaluation.tables import evaluation_table, table
+from qstar.evaluation.tables import evaluation_table, finite_or_none, table
 
 
 @torch.no_grad()
@@ -116,3 +118,25 @@ def test_a_table_lines_its_columns_up():
         "x       1.5",
         "longer   10",
     ]
+
+
+def test_what_is_not_a_number_in_json_is_null():
+    record = {"loss": float("nan"), "parts": [float("inf"), 1.5], "step": 3, "more": {"x": -float("inf")}}
+    assert finite_or_none(record) == {"loss": None, "parts": [None, 1.5], "step": 3, "more": {"x": None}}
+    assert json.loads(json.dumps(finite_or_none(record), allow_nan=False))["step"] == 3
+
+
+def test_a_perplexity_beyond_a_float_is_infinite_and_null_in_json():
+    result = Evaluation(
+        tokens=1,
+        nll_base=800.0,
+        nll_talk=1.0,
+        nll_base_ahead=(800.0, float("nan")),
+        nll_talk_ahead=(1.0, 1.0),
+        mixing_weight=0.0,
+    )
+    summary = result.summary()
+    assert (summary["perplexity_base"], summary["perplexity_talk"]) == (float("inf"), pytest.approx(exp(1)))
+    assert "perplexity inf without" in evaluation_table(result)
+    written = json.loads(json.dumps(finite_or_none({**summary, **asdict(result)}), allow_nan=False))
+    assert (written["perplexity_base"], written["nll_base_ahead"]) == (None, [800.0, None])

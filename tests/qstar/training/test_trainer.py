@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from tiny_runs import QUIET, records, texts, tiny_train
+from tiny_runs import QUIET, records, texts, tiny_train, unequal_rows
 
 from qstar import evaluate, train
 from qstar.data import PadRight
@@ -36,18 +36,6 @@ def test_accumulated_batches_equal_one_batch(tmp_path):
     assert torch.equal(*drawn)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
-
-
-def unequal_rows():
-    """Rows of one length that are learned from to very different extents, documents packed into one of them."""
-    learned = [(0, 3), (0, 12), (7, 9), (0, 12), (2, 12), (0, 12), (10, 12), (0, 5)]
-    rows = []
-    for seed, (begin, end) in enumerate(learned):
-        ids = tiny.text(1, 12, seed)[0].tolist()
-        labels = [token if begin <= i < end else -100 for i, token in enumerate(ids)]
-        positions = [*range(5), *range(7)] if seed == 3 else list(range(12))
-        rows.append({"input_ids": ids, "labels": labels, "position_ids": positions})
-    return rows
 
 
 @pytest.mark.parametrize("kind", [QuietStarTrainer, PlainTrainer])
