@@ -7,15 +7,18 @@ and calls :meth:`attend` in every layer.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from qstar.autocast import as_computed
-from qstar.cache import ThoughtCache
+from qstar.cache import CachedLayer, ThoughtCache, by_rationale
 from qstar_kernels import thought_attention, thought_attention_step
 
 
@@ -37,10 +40,10 @@ class Packed:
     window: int | None = None
     cache: ThoughtCache | None = None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: CachedLayer | None, **options: Any) -> Tensor:
         """The output ``[B, S, Hq, Dv]`` of the attention that is called, for ``query`` ``[B, Hq, S, D]``."""
-        if self.cache is not None:
-            self.cache.take_in(key, value)
+        if layer is not None:
+            layer.append_text(key, value, self.window)
         q, k, v = (rearrange(x, "b h (n c) d -> b h n c d", c=self.slots) for x in (query, key, value))
         out = thought_attention(
             q, k, v, rationales=self.rationales, window=self.window, text_start=self.start, **options
@@ -57,17 +60,19 @@ class Step:
     start: Tensor | None = None
     window: int | None = None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """As :meth:`Packed.attend`, with all keys and values of the cache."""
-        layer = self.cache.take_in(key, value)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: CachedLayer, **options: Any) -> Tensor:
+        """As :meth:`Packed.attend`, with all keys and values of the layer."""
+        rationales = self.cache.rationales
+        query, key, value = (by_rationale(x, rationales) for x in (query, key, value))
+        layer.fill_thoughts(self.step, self.cache.rationale_length, key, value)
         out = thought_attention_step(
-            rearrange(query, "b h (n r) d -> b h n r d", r=self.cache.rationales),
+            query,
             layer.keys,
             layer.values,
             *layer.thoughts(),
             self.step,
             window=self.window,
-            text_start=self.start,
+            text_start=held_start(self.start, layer),
             **options,
         )
         return rearrange(out, "b h n r d -> b (n r) h d")
@@ -83,26 +88,103 @@ class Extension:
     cache: ThoughtCache
     start: Tensor | None = None
     window: int | None = None
+    _made: dict[str, Tensor | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """As :meth:`Packed.attend`, with all keys and values of the cache."""
-        layer = self.cache.take_in(key, value)
-        own_keys, own_values = (x[:, :, -query.shape[2] :, None, None] for x in (layer.keys, layer.values))
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layer: CachedLayer,
+        scale: float | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """As :meth:`Packed.attend`, with all keys and values of the layer."""
+        layer.append_text(key, value, self.window)
+        keys, values = layer.keys, layer.values
+        if softcap is None and sinks is None:
+            out = F.scaled_dot_product_attention(
+                query, keys, values, self.mask(query, layer), scale=scale, enable_gqa=query.shape[1] != keys.shape[1]
+            )
+            return out.transpose(1, 2)
+        start = held_start(self.start, layer)
+        own_keys, own_values = (x[:, :, -query.shape[2] :, None, None] for x in (keys, values))
         out = thought_attention_step(
             query[:, :, :, None],
-            layer.keys[:, :, :-1],
-            layer.values[:, :, :-1],
+            keys[:, :, :-1],
+            values[:, :, :-1],
             own_keys,
             own_values,
             0,
             window=self.window,
-            text_start=None if self.start is None else self.start[:, 1:],
-            **options,
+            text_start=None if start is None else start[:, 1:],
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
         )
         return rearrange(out, "b h n 1 d -> b n h d")
 
+    def mask(self, query: Tensor, layer: CachedLayer) -> Tensor | None:
+        """What each new token sees of what ``layer`` holds, ``[B, 1, n, N + n - gone]``; None where that is all.
 
-Layout = Packed | Step | Extension
+        The layers of a pass that share a window share it, and with it the mask.
+        """
+        if "mask" not in self._made:
+            self._made["mask"] = self._make_mask(query.shape[2], layer, query.device)
+        return self._made["mask"]
+
+    def _make_mask(self, new: int, layer: CachedLayer, device: torch.device) -> Tensor | None:
+        held = layer.length - layer.gone
+        hidden_by_window = self.window is not None and held > self.window
+        if new == 1 and not hidden_by_window and self.start is None:
+            return None
+        key = torch.arange(held, device=device)
+        last = key[-new:, None]
+        seen = key <= last
+        if hidden_by_window:
+            seen &= key > last - self.window
+        start = held_start(self.start, layer)
+        return seen[None, None] if start is None else (seen & (key >= start[:, -new:, None]))[:, None]
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several layouts in one pass, whose tokens follow each other: each sees what those before it have put down.
+
+    Attributes:
+        parts: the layouts, over one cache.
+        lengths: how many tokens of the pass belong to each.
+        window: as for the parts.
+    """
+
+    parts: tuple[Step | Extension, ...]
+    lengths: tuple[int, ...]
+    window: int | None = None
+
+    @property
+    def cache(self) -> ThoughtCache:
+        """The one of all parts."""
+        return self.parts[0].cache
+
+    @functools.cached_property
+    def _windowed(self) -> tuple[Step | Extension, ...]:
+        return tuple(replace(part, window=self.window) for part in self.parts)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: CachedLayer, **options: Any) -> Tensor:
+        """As :meth:`Packed.attend`."""
+        pieces = zip(self._windowed, *(x.split(self.lengths, dim=2) for x in (query, key, value)), strict=True)
+        return torch.cat([part.attend(q, k, v, layer, **options) for part, q, k, v in pieces], dim=1)
+
+
+Layout = Packed | Step | Extension | Together
+
+
+def held_start(start: Tensor | None, layer: CachedLayer) -> Tensor | None:
+    """``start`` ``[B, N]`` of all text as indices into what ``layer`` holds of it, ``[B, N - gone]``."""
+    if start is None or not layer.gone:
+        return start
+    return (start[:, layer.gone :] - layer.gone).clamp(min=0)
 
 
 def attend(
@@ -116,7 +198,8 @@ def attend(
 ) -> Tensor:
     """The output ``[B, S, Hq, Dv]`` under a layout, computed in autocast's dtype where that is on."""
     query, key, value = as_computed(query, key, value)
-    return layout.attend(query, key, value, scale=scaling, softcap=softcap, sinks=sinks).contiguous()
+    layer: Any = None if layout.cache is None else layout.cache.next_layer()
+    return layout.attend(query, key, value, layer, scale=scaling, softcap=softcap, sinks=sinks).contiguous()
 
 
 @dataclass

@@ -80,7 +80,6 @@ def read_on(model: QuietStarModel, reading: Reading, text: Text) -> Reading:
     model.check_length(text.tokens.shape[1], further)
     model.check_rotary_factors(reading.text.positions, further, text.positions)
     reading.cache.drop_thoughts()
-    reading.cache.extend()
     layout = Extension(reading.cache, start=text.start)
     hidden = model.read(text.tokens[:, read:], text.positions[:, read:], layout)
     return Reading(text, reading.cache, torch.cat([reading.hidden, hidden], dim=1))
@@ -97,10 +96,14 @@ def advance(model: QuietStarModel, reading: Reading, step: int | Tensor, tokens:
 
     Returns:
         Hidden states ``[B, Nq, r, E]``.
+
+    Raises:
+        ValueError: ``step`` is not one of a rationale's tokens; ``reading`` was used up before.
     """
     text, cache = reading.text, reading.cache
     reading.check_current()
-    cache.begin_step(step)
+    if not isinstance(step, Tensor) and not 0 <= step < cache.rationale_length:
+        raise ValueError(f"step is {step}, but it must be in 0..{cache.rationale_length - 1}")
     positions = text.positions[:, -tokens.shape[1] :, None] + 1 + step
     hidden = model.read(
         rearrange(tokens, "b n r -> b (n r)"),

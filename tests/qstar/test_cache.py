@@ -79,8 +79,9 @@ def test_text_does_not_go_on_behind_thoughts_that_were_not_dropped():
     text, _ = texts(LENGTH)
     reading = read_text(model, text, model.grid(LENGTH))
     advance(model, reading, 0, tiny.random_thoughts(model, 2, LENGTH)[..., 0])
-    with pytest.raises(ValueError, match=r"drop_thoughts\(\) comes before extend\(\)"):
-        reading.cache.extend()
+    layout = Extension(reading.cache)
+    with pytest.raises(ValueError, match=r"drop_thoughts\(\) comes before more text"):
+        model.read(text.tokens[:, :1], torch.full((2, 1), LENGTH), layout)
     with pytest.raises(ValueError, match="text has 9 tokens, but it must have more than the 9 read so far"):
         read_on(model, reading, text)
 
@@ -144,12 +145,9 @@ def test_a_reading_of_another_text_or_with_another_room_is_refused():
 
 
 @torch.no_grad()
-def test_a_text_does_not_go_on_beyond_what_the_model_knows_or_unasked():
+def test_a_text_does_not_go_on_beyond_what_the_model_knows():
     model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=1)
     tokens = tiny.text(1, 126)
     reading = read_text(model, Text.from_inputs(tokens[:, :100]), model.grid(100))
     with pytest.raises(ValueError, match="126 text tokens and 4 tokens of a thought make more than"):
         read_on(model, reading, Text.from_inputs(tokens))
-    layout = Extension(reading.cache)
-    with pytest.raises(ValueError, match=r"the text has been read: begin_step\(\) comes before its thoughts, extend"):
-        model.read(tokens[:, 100:103], torch.arange(100, 103)[None], layout)
