@@ -91,8 +91,27 @@ class LanguageHead:
         options = self._options | dict(temperature=temperature, product_dtype=self.dtype)
         return linear_log_prob_sum(hidden, self.weight, targets, row_weight, **options)
 
-    def sample(self, hidden: Tensor, *, seed: int, step: int | Tensor, row_offset: int, temperature: float) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]``, at least fp32, of hidden ``[..., E]``; those of thought tokens are ``-inf``."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        z = F.linear(hidden.to(self._drawing_weight.dtype), self._drawing_weight).to(wide)
+        z = (z if self.bias is None else z + self.bias) * self.logit_scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z.index_fill(-1, self.forbidden, -torch.inf)
+
+    def sample(
+        self,
+        hidden: Tensor,
+        *,
+        seed: int,
+        step: int | Tensor,
+        temperature: float,
+        row_offset: int = 0,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Tokens ``[R]`` drawn at ``temperature``, the most probable ones at 0."""
-        options = self._options | dict(seed=seed, step=step, row_offset=row_offset, temperature=temperature)
+        keys: dict[str, Any] = dict(row_offset=row_offset) if rows is None else dict(rows=rows)
+        options = self._options | keys | dict(seed=seed, step=step, temperature=temperature)
         tokens, _ = sample_linear(hidden.to(self.dtype), self._drawing_weight, **options)
         return tokens

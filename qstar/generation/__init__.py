@@ -1,0 +1,1 @@
+"""Generating text with a thought before every token, inside transformers' ``generate``."""
