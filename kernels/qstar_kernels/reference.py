@@ -188,6 +188,7 @@ def sample_linear(
     seed: int | Tensor,
     step: int | Tensor = 0,
     row_offset: int = 0,
+    rows: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     log_prob_temperature: float = 1.0,
@@ -197,16 +198,17 @@ def sample_linear(
 ) -> tuple[Tensor, Tensor]:
     """hidden [R, E], weight [V, E] -> tokens [R], log_prob [R]; a tile of 128 columns is drawn, then a column of it."""
     z = head_logits(hidden, weight, bias, logit_scale, softcap, forbidden)
-    rows, vocabulary = z.shape
+    count, vocabulary = z.shape
     if temperature == 0:
         tokens = z.argmax(dim=-1)
     else:
-        tile_uniform, column_uniform = row_uniforms(seed, step, torch.arange(rows, device=z.device) + row_offset)
+        index = torch.arange(count, device=z.device)
+        tile_uniform, column_uniform = row_uniforms(seed, step, index + row_offset if rows is None else rows)
         mass = torch.nn.functional.pad((z / temperature).softmax(dim=-1).double(), (0, -vocabulary % 128))
         tiles = mass.unflatten(1, (-1, 128))
         up_to_tile = tiles.sum(dim=-1).cumsum(dim=-1)
         tile = (up_to_tile <= tile_uniform[:, None] * up_to_tile[:, -1:]).sum(dim=-1)
-        up_to_column = tiles[torch.arange(rows, device=z.device), tile].cumsum(dim=-1)
+        up_to_column = tiles[index, tile].cumsum(dim=-1)
         column = (up_to_column <= column_uniform[:, None] * up_to_column[:, -1:]).sum(dim=-1)
         tokens = tile * 128 + column
     log_p = (z / log_prob_temperature).log_softmax(dim=-1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qstar_kernels import reference
 from qstar_kernels.backends import choose, implementation
-from qstar_kernels.common.arguments import check_integer, check_number, integer_or_tensor
+from qstar_kernels.common.arguments import check_alike, check_integer, check_number, check_tensor, integer_or_tensor
 from qstar_kernels.lm_head.heads import make_rows
 from qstar_kernels.lm_head.logits import (
     LEAST_TEMPERATURE,
@@ -31,15 +31,17 @@ from qstar_kernels.lm_head.logits import (
 )
 
 
-def _sample(hidden, weight, bias, forbidden, logit_map, product_dtype, temperature, seed, step, row_offset, backend):
+def _sample(hidden, weight, bias, forbidden, logit_map, product_dtype, temperature, seed, step, rows, backend):
+    """``rows`` is the number of the first row, or ``[R]`` those of all."""
     head = make_rows(backend, weight, bias, forbidden, logit_map, product_dtype)
     draws = implementation("lm_head", backend).Draws(head, logit_map, temperature, seed, step)
-    rows = torch.arange(len(hidden), device=hidden.device)
-    tokens, log_prob = torch.empty_like(rows), hidden.new_empty(len(rows), dtype=accumulator_dtype(hidden))
+    index = torch.arange(len(hidden), device=hidden.device)
+    tokens, log_prob = torch.empty_like(index), hidden.new_empty(len(index), dtype=accumulator_dtype(hidden))
     start = 0
-    for _, _, y in logit_chunks(hidden, head, rows, column_multiple=TILE):
+    for _, _, y in logit_chunks(hidden, head, index, column_multiple=TILE):
         end = start + len(y)
-        tokens[start:end], log_prob[start:end] = draws.draw(y, row_offset + start)
+        numbers = rows[start:end] if isinstance(rows, Tensor) else rows + start
+        tokens[start:end], log_prob[start:end] = draws.draw(y, numbers)
         start = end
     return tokens, log_prob
 
@@ -52,6 +54,7 @@ def sample_linear(
     seed: int | Tensor,
     step: int | Tensor = 0,
     row_offset: int = 0,
+    rows: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     log_prob_temperature: float = 1.0,
@@ -63,10 +66,11 @@ def sample_linear(
 ) -> tuple[Tensor, Tensor]:
     """Draw a token for each row from ``softmax(softcap(logit_scale (h W^T + bias)) / temperature)``.
 
-    The draw of a row is a function of its logits and of (``seed``, ``step``, ``row_offset`` + row): neither chunks nor
-    the other rows matter, and processes that share the rows, each with its ``row_offset``, draw what one would. Matrix
-    libraries may round a row's logits differently when it is multiplied among more or fewer rows; a draw changes only
-    if its uniform falls within that rounding of a boundary (about 1e-6 of the draws in fp32). Not differentiable.
+    The draw of a row is a function of its logits and of (``seed``, ``step``, the row's number), the number being
+    ``row_offset`` + row or what ``rows`` says: neither chunks nor the other rows matter, and processes that share the
+    rows, each with its ``row_offset``, draw what one would. Matrix libraries may round a row's logits differently when
+    it is multiplied among more or fewer rows; a draw changes only if its uniform falls within that rounding of a
+    boundary (about 1e-6 of the draws in fp32). Not differentiable.
 
     Args:
         hidden: ``[R, E]``, float64, float32, bfloat16 or float16.
@@ -76,6 +80,8 @@ def sample_linear(
         step: at least 0, below 2^64: draws of different steps are independent. Or a tensor as for ``seed``; on the
             device of ``hidden`` its value is not checked, and its 64 bits count without a sign.
         row_offset: at least 0: the number of the first row among all rows that share ``seed`` and ``step``.
+        rows: ``[R]`` int64, the number of each row in place of ``row_offset`` + row: any 64 bits, for example those of
+            a text and a position in it. Rows with one number have the same uniforms.
         bias: ``[V]``, a dtype that ``weight`` may have.
         temperature: at least 1e-6, or 0, which takes the arg-max, the lowest id among equals.
         log_prob_temperature: at least 1e-6; the temperature of the returned log-probability.
@@ -106,6 +112,11 @@ def sample_linear(
     ):
         if not isinstance(value, Tensor) and not low <= value < high:
             raise ValueError(f"{name} is {value}, but it must be in [{low}, {high})")
+    if rows is not None:
+        check_tensor("rows", rows, "[R]", (len(hidden),), (torch.int64,))
+        check_alike("rows", rows, "hidden", hidden, dtype=False)
+        if row_offset:
+            raise ValueError(f"row_offset is {row_offset}, but beside rows, which number every row, it must be 0")
     check_number("temperature", temperature, at_least=0.0)
     if 0 < temperature < LEAST_TEMPERATURE:
         raise ValueError(f"temperature is {temperature}, but it must be 0 or at least {LEAST_TEMPERATURE}")
@@ -121,6 +132,7 @@ def sample_linear(
                 seed=seed,
                 step=step,
                 row_offset=row_offset,
+                rows=rows,
                 bias=bias,
                 temperature=temperature,
                 log_prob_temperature=log_prob_temperature,
@@ -128,7 +140,8 @@ def sample_linear(
                 softcap=softcap,
                 forbidden=forbidden,
             )
+        numbers = row_offset if rows is None else rows.contiguous()
         logit_map = LogitMap(log_prob_temperature, logit_scale, softcap)
         return _sample(
-            hidden, weight, bias, forbidden, logit_map, product_dtype, temperature, seed, step, row_offset, chosen
+            hidden, weight, bias, forbidden, logit_map, product_dtype, temperature, seed, step, numbers, chosen
         )

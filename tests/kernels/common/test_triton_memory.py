@@ -176,7 +176,7 @@ def test_scores_and_draws_stay_in_their_tensors(watched, monkeypatch, vocabulary
     log_prob, entropy = linear_log_prob(hidden, weight, targets, return_entropy=True, **options)
     (log_prob.sum() + entropy.sum()).backward()
     linear_log_prob_sum(hidden, weight, targets, torch.rand(rows), **options)[0].backward()
-    sample_linear(hidden, weight, seed=1, log_prob_temperature=0.7, **options)
+    sample_linear(hidden, weight, seed=1, log_prob_temperature=0.7, rows=torch.arange(rows), **options)
     sample_linear(hidden, weight, seed=1, temperature=0.0, **options)
     assert set(watched) == {"score_kernel", "gradient_kernel", "weigh_tiles_kernel", "draw_kernel"}
 

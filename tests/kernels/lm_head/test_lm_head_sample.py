@@ -288,6 +288,35 @@ def test_processes_that_share_the_rows_draw_what_one_draws():
     assert torch.equal(torch.cat([first[0], second[0]]), whole[0])
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("rows_at_once", [7, 1000])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_rows_number_the_draws_in_place_of_their_order(monkeypatch, backend, rows_at_once, temperature):
+    monkeypatch.setattr(logits, "CPU_CHUNK_ELEMENTS", rows_at_once * 300)
+    hidden, weight = make_exact_inputs(101, 300)
+    options = {"seed": 3, "step": 4, "temperature": temperature, "backend": backend}
+    first = 2**33 - 50
+    wanted = sample_linear(hidden, weight, row_offset=first, **options)
+    rows = torch.arange(101) + first
+    for numbers in (rows, torch.stack([rows, rows + 1], 1)[:, 0]):
+        drawn = sample_linear(hidden, weight, rows=numbers, **options)
+        assert all(torch.equal(mine, other) for mine, other in zip(drawn, wanted, strict=True))
+    order = torch.randperm(101)
+    drawn = sample_linear(hidden[order], weight, rows=rows[order], **options)
+    assert all(torch.equal(mine, other[order]) for mine, other in zip(drawn, wanted, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_rows_count_with_all_64_bits(backend):
+    """Those of a negative number are two's complement; equal numbers draw alike."""
+    rows = torch.tensor([5, 5, 5 + 2**32, 5 - 2**63, -1])
+    first, second = row_uniforms(7, 0, rows)
+    wanted = draws.draw_columns((torch.arange(1024) < 1000).double().expand(5, -1).contiguous(), first, second)
+    drawn, _ = sample_linear(torch.zeros(5, 1), torch.zeros(1000, 1), seed=7, rows=rows, backend=backend)
+    assert torch.equal(drawn, wanted[:, 0])
+    assert drawn[0] == drawn[1] and drawn[1:].unique().numel() == 4
+
+
 def test_seed_step_and_row_each_change_the_draws():
     z = torch.zeros(1000)
     base = draw_many(z, 200, seed=1)
@@ -340,6 +369,11 @@ def test_never_more_than_a_chunk_of_logits(monkeypatch, temperature):
         ({"seed": torch.tensor(True)}, TypeError, "seed has dtype torch.bool"),
         ({"row_offset": -1}, ValueError, "row_offset is -1, but it must be at least 0"),
         ({"row_offset": 2**63 - 1}, ValueError, "row_offset is 9223372036854775807, but it must be in"),
+        ({"rows": [0, 1, 2, 3]}, TypeError, r"rows must be a tensor \[R\], but it is list"),
+        ({"rows": torch.arange(3)}, ValueError, r"rows has shape \[3\], but it must be \[R\] = \[4\]"),
+        ({"rows": torch.arange(4, dtype=torch.int32)}, TypeError, "rows has dtype torch.int32"),
+        ({"rows": torch.arange(4, device="meta")}, ValueError, "rows is on meta, but it must be on cpu like hidden"),
+        ({"rows": torch.arange(4), "row_offset": 2}, ValueError, "row_offset is 2, but beside rows, .* must be 0"),
         ({"temperature": -0.1}, ValueError, "temperature is -0.1, but it must be at least 0"),
         ({"temperature": 1e-37}, ValueError, "temperature is 1e-37, but it must be 0 or at least 1e-06"),
         ({"log_prob_temperature": 0.0}, ValueError, "log_prob_temperature is 0.0, but it must be at least 1e-06"),

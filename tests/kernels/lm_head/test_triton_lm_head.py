@@ -316,6 +316,26 @@ def test_draws_of_a_seed_and_a_step_on_the_device(seed, step):
     assert torch.equal(drawn[0], wanted[0])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_rows_in_memory_number_the_draws(monkeypatch, temperature):
+    """Across chunks and with any strides; all 64 bits count."""
+    set_chunk(monkeypatch, 5, 300)
+    hidden, weight = (torch.randint(-2, 3, shape, device=DEVICE).float() for shape in ((12, 4), (300, 4)))
+    options = {"seed": 3, "step": 4, "temperature": temperature, "backend": "triton"}
+    first = 2**33 - 5
+    wanted = sample_linear(hidden, weight, row_offset=first, **options)
+    rows = torch.arange(12, device=DEVICE) + first
+    for numbers in (rows, torch.stack([rows, rows + 1], 1)[:, 0]):
+        drawn = sample_linear(hidden, weight, rows=numbers, **options)
+        assert all(torch.equal(mine, other) for mine, other in zip(drawn, wanted, strict=True))
+    order = torch.randperm(12, device=DEVICE)
+    drawn = sample_linear(hidden[order], weight, rows=rows[order], **options)
+    assert all(torch.equal(mine, other[order]) for mine, other in zip(drawn, wanted, strict=True))
+    options |= {"rows": torch.arange(12, device=DEVICE) * 2**60 - 2**63}
+    drawn = sample_linear(hidden, weight, **options)
+    assert torch.equal(drawn[0], sample_linear(hidden, weight, **options | {"backend": "torch"})[0])
+
+
 def test_the_arg_max_is_the_lowest_id_among_equals():
     hidden, weight = torch.ones(1, 1, device=DEVICE), torch.zeros(400, 1, device=DEVICE)
     weight[[131, 140, 300, 390]] = 1.0

@@ -34,8 +34,8 @@ class Draws:
         self.seed, self.step = seed, step
         self.scratch = None
 
-    def draw(self, y: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-        """tokens and log_prob of rows that are numbered from ``first_row``; overwrites ``y``."""
+    def draw(self, y: Tensor, rows: int | Tensor) -> tuple[Tensor, Tensor]:
+        """tokens and log_prob of rows numbered from ``rows`` on, or by it, ``[R]``; overwrites ``y``."""
         one_softmax = self.temperature == self.log_prob_temperature
         if self.temperature == 0:
             token = y.argmax(-1, keepdim=True)
@@ -45,7 +45,8 @@ class Draws:
             ratio = self.log_prob_temperature / self.temperature
             p = y if one_softmax else torch.mul(y, ratio, out=self.scratch[: len(y)])
             torch.softmax(p, -1, out=p)
-            rows = torch.arange(first_row, first_row + len(y), device=y.device)
+            if not isinstance(rows, Tensor):
+                rows = torch.arange(rows, rows + len(y), device=y.device)
             token = draw_columns(p, *row_uniforms(self.seed, self.step, rows))
         token.clamp_(max=self.last)
         log_p = p.gather(1, token).log_() if one_softmax else torch.log_softmax(y, -1, out=y).gather(1, token)

@@ -20,13 +20,13 @@ class Draws:
         self.greedy = temperature == 0
         self.ratio = 1.0 if self.greedy else logit_map.temperature / temperature
 
-    def draw(self, y: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-        """tokens and log_prob of rows that are numbered from ``first_row``."""
+    def draw(self, y: Tensor, rows: int | Tensor) -> tuple[Tensor, Tensor]:
+        """tokens and log_prob of rows numbered from ``rows`` on, or by it, ``[R]``, contiguous."""
         tokens, log_prob = y.new_empty(len(y), dtype=torch.int64), y.new_empty(len(y))
-        run_all(self.launches(y, first_row, tokens, log_prob), y)
+        run_all(self.launches(y, rows, tokens, log_prob), y)
         return tokens, log_prob
 
-    def launches(self, y: Tensor, first_row: int, tokens: Tensor, log_prob: Tensor) -> list[Launch]:
+    def launches(self, y: Tensor, rows: int | Tensor, tokens: Tensor, log_prob: Tensor) -> list[Launch]:
         vocabulary = len(self.head.weight)
         shape = len(y), -(-vocabulary // TILE)
         masses = {
@@ -43,10 +43,11 @@ class Draws:
             "unit": 2.0 ** (62 - vocabulary.bit_length()),
             "seed": self.seed,
             "step": self.step,
-            "first_row": first_row,
+            "rows": rows,
             "GREEDY": self.greedy,
             "SEED_IN_MEMORY": isinstance(self.seed, Tensor),
             "STEP_IN_MEMORY": isinstance(self.step, Tensor),
+            "ROWS_IN_MEMORY": isinstance(rows, Tensor),
         }
         return [
             self.head.launch("weigh_tiles", weigh_tiles_kernel, y, masses),

@@ -105,14 +105,17 @@ def threshold(u, total):
     return tl.minimum((u * total.to(tl.float64)).to(tl.int64), total - 1)
 
 
-@triton.jit(do_not_specialize=["seed", "step", "first_row"])
+@triton.jit(do_not_specialize=["seed", "step", "rows"])
 def draw_kernel(
     logits, bias, tops, masses, draw_masses, tokens, log_prob, vocabulary, width, tiles, gain, cap, ratio,
-    unit, seed, step, first_row,
-    GREEDY: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr, TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    unit, seed, step, rows,
+    GREEDY: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr, ROWS_IN_MEMORY: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What :func:`weigh_tiles_kernel` found of logits [R, V] -> tokens [R], log_prob [R]."""
+    """What :func:`weigh_tiles_kernel` found of logits [R, V] -> tokens [R], log_prob [R].
+
+    ``rows`` is the number of the first row, or in memory those of all.
+    """
     row = tl.cast(tl.program_id(0), tl.int64)
     lanes = tl.arange(0, COLUMNS)
     logits += row * width
@@ -140,9 +143,11 @@ def draw_kernel(
             seed = tl.load(seed)
         if STEP_IN_MEMORY:
             step = tl.load(step)
-        tile_uniform, column_uniform = row_uniforms(
-            tl.cast(seed, tl.int64), tl.cast(step, tl.int64), tl.cast(first_row, tl.int64) + row
-        )
+        if ROWS_IN_MEMORY:
+            number = tl.load(rows + row)
+        else:
+            number = tl.cast(rows, tl.int64) + row
+        tile_uniform, column_uniform = row_uniforms(tl.cast(seed, tl.int64), tl.cast(step, tl.int64), number)
         drawn = threshold(tile_uniform, count_row(tops, draw_masses, tiles, row_top, ratio, unit, COLUMNS))
         tile = pick_tile(tops, draw_masses, tiles, row_top, ratio, unit, drawn, COLUMNS)
         y = load_logits(logits, bias, tile * TILE + inside, vocabulary, width, gain, cap)
