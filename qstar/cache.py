@@ -7,7 +7,6 @@ would put into a cache of transformers: compressed keys, keys of several layers,
 
 from __future__ import annotations
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -143,7 +142,9 @@ class CachedLayer:
             ValueError: there are thoughts, which belong to the positions that were the last.
         """
         if self.thought_keys is not None:
-            raise ValueError("the cache holds thoughts about the text as it was: drop_thoughts() comes before more text")
+            raise ValueError(
+                "the cache holds thoughts about the text as it was: drop_thoughts() comes before more text"
+            )
         held = self._held + keys.shape[2]
         if self._room is None:
             self._room = keys, values

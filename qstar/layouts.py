@@ -136,14 +136,14 @@ class Extension:
 
     def _make_mask(self, new: int, layer: CachedLayer, device: torch.device) -> Tensor | None:
         held = layer.length - layer.gone
-        hidden_by_window = self.window is not None and held > self.window
-        if new == 1 and not hidden_by_window and self.start is None:
+        window = None if self.window is None or held <= self.window else self.window
+        if new == 1 and window is None and self.start is None:
             return None
         key = torch.arange(held, device=device)
         last = key[-new:, None]
         seen = key <= last
-        if hidden_by_window:
-            seen &= key > last - self.window
+        if window is not None:
+            seen &= key > last - window
         start = held_start(self.start, layer)
         return seen[None, None] if start is None else (seen & (key >= start[:, -new:, None]))[:, None]
 

@@ -1,6 +1,6 @@
 """Any Hugging Face causal language model, with the parameters that let it think.
 
-A model that thinks is an instance of a class made at run time, ``(QuietStarModel, LlamaForCausalLM)``. The parameters
+A model that thinks is an instance of a class made at run time, see :mod:`qstar.classes`. The parameters
 of the base keep their names, the new ones are called ``qstar_*``; everything that worked with the model goes on
 working. On disk the folder is an ordinary checkpoint of the base model, with the settings in ``qstar_config.json`` and
 the mixing head in ``qstar/mixing_head.safetensors`` beside it.
@@ -8,7 +8,6 @@ the mixing head in ``qstar/mixing_head.safetensors`` beside it.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,9 +26,14 @@ from qstar.grid import ThoughtGrid
 from qstar.heads import LanguageHead, MixingHead
 
 if TYPE_CHECKING:
-    _Decoder = PreTrainedModel
+
+    class _Decoder(PreTrainedModel):
+        generate: Any
+        _prepare_cache_for_generation: Any
+        _get_logits_processor: Any
+
 else:
-    _Decoder = object  # at run time the decoder is the second base of each class, see quiet_star_class
+    _Decoder = object  # at run time the decoder is the last base of each class, see qstar.classes
 
 MIXING_HEAD_FILE = "qstar/mixing_head.safetensors"
 PREFIX = "qstar_"
@@ -55,13 +59,6 @@ class QuietStarModel(_Decoder):
     qstar_forbidden: Tensor
     qstar_replay: Callable[[Any], Callable[[], None]] | None = None
     accepts_loss_kwargs = False
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the class of the base, since this one is made at run time and no module holds it."""
-        base = type(self).__mro__[2]
-        if _classes.get(base) is type(self):
-            return _blank_model, (base,), self.__getstate__()
-        return super().__reduce_ex__(protocol)  # of a class that somebody else has made of it
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings of tokens ``[..., S]``, the thought tokens from their own parameters."""
@@ -225,35 +222,3 @@ def long_rope_limit(config: PreTrainedConfig) -> int | None:
     kinds = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
     limits = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
     return min(limits, default=None)
-
-
-_classes: dict[type[PreTrainedModel], type[QuietStarModel]] = {}
-
-
-def quiet_star_class(base: type[PreTrainedModel]) -> type[QuietStarModel]:
-    """The subclass of ``base`` that thinks. It keeps the name of ``base``, which is what a checkpoint must say."""
-    if base not in _classes:
-        namespace = {"__module__": base.__module__, "forward": _forward_with_objective(base.forward)}
-        _classes[base] = type(base.__name__, (QuietStarModel, base), namespace)
-    return _classes[base]
-
-
-def _forward_with_objective(base_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``base_forward``, which hands its batch to ``objective`` where one is given.
-
-    Training must run inside ``forward``: that is what DDP and FSDP wrap. The signature stays that of the base.
-    """
-
-    @functools.wraps(base_forward)
-    def forward(self: QuietStarModel, *args: Any, objective: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
-        if objective is None:
-            return base_forward(self, *args, **kwargs)
-        return objective(self, *args, **kwargs)
-
-    return forward
-
-
-def _blank_model(base: type[PreTrainedModel]) -> QuietStarModel:
-    """A thinking model without any state, for what copies and unpickles it."""
-    kind = quiet_star_class(base)
-    return kind.__new__(kind)

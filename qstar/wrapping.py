@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qstar import attention
+from qstar.classes import ThinkingModel, thinking_class
 from qstar.compatibility import (
     EXACT,
     check_architecture,
@@ -25,14 +26,14 @@ from qstar.compatibility import (
 )
 from qstar.config import QuietStarConfig, ThoughtSettings, check_names, setting_names
 from qstar.heads import MixingHead
-from qstar.model import QuietStarModel, embedding_rows, long_rope_limit, quiet_star_class
+from qstar.model import QuietStarModel, embedding_rows, long_rope_limit
 
 logger = logging.getLogger(__name__)
 
 
 def wrap(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, check: bool = True, **settings: Any
-) -> QuietStarModel:
+) -> ThinkingModel:
     """Teach ``model`` the tokens and give it the parameters that let it think; in place.
 
     Args:
@@ -93,7 +94,7 @@ def wrap(
     return thinking
 
 
-def load(folder: str | Path, **kwargs: Any) -> tuple[QuietStarModel, PreTrainedTokenizerBase]:
+def load(folder: str | Path, **kwargs: Any) -> tuple[ThinkingModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer that were saved in ``folder``.
 
     Args:
@@ -119,12 +120,12 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[QuietStarModel, PreTrainedT
     return model, tokenizer
 
 
-def attach(model: PreTrainedModel, config: QuietStarConfig) -> QuietStarModel:
+def attach(model: PreTrainedModel, config: QuietStarConfig) -> ThinkingModel:
     """Make ``model`` one that thinks, in place, with thought embeddings that are not yet set; returns it."""
     rows = embedding_rows(model)
     factory: dict[str, Any] = dict(device=rows.device, dtype=rows.dtype)
-    model.__class__ = quiet_star_class(type(model))
-    assert isinstance(model, QuietStarModel)
+    model.__class__ = thinking_class(type(model))
+    assert isinstance(model, ThinkingModel)
     model.qstar = config
     model.qstar_start = nn.Parameter(torch.empty(rows.shape[1], **factory))
     model.qstar_end = nn.Parameter(torch.empty(rows.shape[1], **factory))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from qstar.cache import ThoughtCache
@@ -49,8 +48,7 @@ class Reader:
         when: where to think.
         temperature: thoughts are sampled at.
         seed: of the thoughts.
-        sequence: a number for each row of the batch, ``[B]`` int64: rows with the same number, seed and position draw
-            with the same random numbers.
+        returned: sequences for each prompt: so many rows that follow each other draw with random numbers of their own.
         cache: of the text.
         passes: through the model so far.
     """
@@ -60,7 +58,7 @@ class Reader:
     when: ThinkWhen
     temperature: float
     seed: int
-    sequence: Tensor
+    returned: int
     cache: ThoughtCache
     passes: int = 0
 
@@ -150,7 +148,8 @@ class Reader:
         Returns:
             Thoughts ``[B, Nq, K]`` and the states of their end tokens ``[B, Nq, E]``.
         """
-        rows = ((self.sequence[:, None] << POSITION_BITS) + positions).flatten()
+        sequence = torch.arange(len(positions), device=positions.device)[:, None] % self.returned
+        rows = ((sequence << POSITION_BITS) + positions).flatten()
         ends = torch.full_like(positions, self.model.qstar.end_token_id)
         queries, thoughts = positions.shape[1], []
         for step in range(self.thought_tokens):

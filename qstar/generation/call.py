@@ -1,0 +1,150 @@
+"""One call of ``generate``: what transformers is given, and what is made of what it returns."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+
+from qstar.generation.cache import Speaking, ThinkingCache
+from qstar.generation.drafts import Choice, Drafter, DraftLength, FromAssistant, FromModel, FromText
+from qstar.generation.output import Output, ThinkingBeamOutput, ThinkingOutput, ThinkingReport, with_thoughts
+from qstar.generation.refusals import asked_for, check_asked, check_assistant, check_drafts
+from qstar.generation.settings import MOST_DRAFTS, GenerationSettings
+from qstar.generation.thoughts import Reader
+from qstar.model import QuietStarModel
+
+FOR_GUESSES = ("assistant_model", "prompt_lookup_num_tokens", "max_matching_ngram_size")
+
+
+class Call:
+    """A call of ``generate`` with thoughts.
+
+    Attributes:
+        arguments: what transformers' ``generate`` is given.
+        cache: carries the text from token to token.
+    """
+
+    def __init__(
+        self, model: QuietStarModel, settings: GenerationSettings, output_thoughts: bool, arguments: dict[str, Any]
+    ):
+        check_asked(model, arguments)
+        if output_thoughts and not asked_for(model, arguments, "return_dict_in_generate"):
+            raise ValueError(
+                "output_thoughts is True, but return_dict_in_generate is not: there is nothing to hold them"
+            )
+        self.model, self.settings, self.output_thoughts = model, settings, output_thoughts
+        self._guesses = {name: asked_for(model, arguments, name) for name in FOR_GUESSES}
+        self._synced = bool(arguments.get("synced_gpus"))
+        self.arguments = {name: value for name, value in arguments.items() if name not in FOR_GUESSES}
+        if isinstance(config := self.arguments.get("generation_config"), GenerationConfig):
+            self.arguments["generation_config"] = config = copy.deepcopy(config)
+            config.update(**dict.fromkeys(FOR_GUESSES[1:]))
+        self._streamer = arguments.get("streamer")
+        thought_tokens = settings.thought_tokens or model.qstar.thought_tokens
+        past: ThinkingCache | None = self.arguments.pop("past_key_values", None)
+        self.cache = ThinkingCache(thought_tokens) if past is None else past
+        self.cache.hold(thought_tokens)
+
+    def begin(self, config: GenerationConfig, prompt_length: int, processors: LogitsProcessorList) -> None:
+        """Take what transformers has prepared, before the first pass.
+
+        Raises:
+            ValueError: tokens cannot be guessed as was asked; the text would outgrow what the model knows.
+        """
+        model, settings = self.model, self.settings
+        beams = config.num_beams or 1
+        if beams > 1 and hasattr(model, "_reorder_cache"):
+            raise ValueError(f"num_beams is {beams}, but {type(model).__name__} reorders a cache of its own kind")
+        self.config, self.prompt_length = config, prompt_length
+        self._check_length(int(config.max_length), prompt_length)
+        reader = Reader(
+            model,
+            thought_tokens=self.cache.thought_tokens,
+            when=settings.when,
+            temperature=settings.thought_temperature,
+            seed=settings.thought_seed,
+            returned=1 if beams > 1 else config.num_return_sequences or 1,
+            cache=self.cache.keys,
+        )
+        drafter = self._drafter(beams)
+        most = self._guesses["prompt_lookup_num_tokens"] or settings.drafts or MOST_DRAFTS
+        self.speaking = self.cache.speaking = Speaking(
+            reader,
+            prompt_length=prompt_length,
+            max_length=int(config.max_length),
+            choice=Choice.of(processors, bool(config.do_sample), self._eos(), config.pad_token_id),
+            drafter=drafter,
+            lengths=None if drafter is None else DraftLength(most, self.cache.thought_tokens + 1, drafter.passes),
+            listener=getattr(self._streamer, "put_thoughts", None),
+        )
+
+    def _check_length(self, max_length: int, prompt_length: int) -> None:
+        """The last thought stands behind the last token but one."""
+        further = self.cache.thought_tokens + 2
+        last = max(max_length - 1, prompt_length)
+        self.model.check_length(last, further)
+        self.model.check_rotary_factors(torch.arange(prompt_length)[None], last - prompt_length + further)
+
+    def _drafter(self, beams: int) -> Drafter | None:
+        if check_drafts(self.settings, self._guesses | dict(synced_gpus=self._synced), beams) is not None:
+            return None
+        assistant = self._guesses["assistant_model"]
+        if assistant is not None:
+            check_assistant(self.model, assistant)
+            sizes = [sum(x.numel() for x in each.parameters()) for each in (assistant, self.model)]
+            return FromAssistant(assistant, sizes[0] / sizes[1])
+        if self._guesses["prompt_lookup_num_tokens"] is not None:
+            return FromText(
+                *([self._guesses["max_matching_ngram_size"]] if self._guesses["max_matching_ngram_size"] else [])
+            )
+        return FromModel()
+
+    def _eos(self) -> Tensor:
+        eos = self.config.eos_token_id
+        return torch.tensor([eos] if isinstance(eos, int) else eos or [], dtype=torch.int64, device=self.model.device)
+
+    def result(self, output: Tensor | Output) -> Tensor | ThinkingOutput | ThinkingBeamOutput:
+        """What ``generate`` returns, of what that of transformers has returned."""
+        if isinstance(output, Tensor):
+            return output
+        thoughts, weights, where = self._in_order(output)
+        valid = self._valid(output.sequences)
+        reader, lengths = self.speaking.reader, self.speaking.lengths
+        report = ThinkingReport(
+            tokens=int(valid.sum()),
+            thought_share=float((where & valid).sum() / valid.sum().clamp(min=1)),
+            passes=reader.passes,
+            drafted=0 if lengths is None else lengths.drafted,
+            accepted=0 if lengths is None else lengths.accepted,
+        )
+        if not self.output_thoughts:
+            return with_thoughts(output, None, None, report)
+        thoughts = thoughts.masked_fill(~valid[..., None], self.model.qstar.end_token_id)
+        return with_thoughts(output, thoughts, weights.masked_fill(~valid, 0), report)
+
+    def _in_order(self, output: Output) -> list[Tensor]:
+        """Thoughts, weights and where thought was, ``[B, L, ...]``, of the sequences that are returned."""
+        length = output.sequences.shape[1] - self.prompt_length
+        steps = self.speaking.said[:length]
+        said = [torch.stack(each, dim=1) for each in zip(*steps, strict=True)]
+        beams = getattr(output, "beam_indices", None)
+        if beams is None:
+            return said
+        step = torch.arange(length, device=beams.device).expand(len(beams), -1)
+        return [each[beams[:, :length].clamp(min=0), step] for each in said]
+
+    def _valid(self, sequences: Tensor) -> Tensor:
+        """Which generated tokens belong to their text, ``[B, L]``: not those that fill a row after its end."""
+        said = sequences[:, self.prompt_length :]
+        ends = torch.isin(said, self._eos().to(said.device))
+        valid = (ends.cumsum(1) - ends.long()) == 0
+        if self.config.pad_token_id is None:
+            return valid
+        filling = (
+            (said == self.config.pad_token_id).long().flip(1).cumprod(1).flip(1).bool()
+        )  # also after a stop string
+        return valid & ~(filling & ~ends)

@@ -1,0 +1,113 @@
+"""``generate`` of a model that thinks: transformers' own, over a cache that thinks before each token."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+
+from qstar.generation.call import Call
+from qstar.generation.refusals import check_without_thoughts
+from qstar.generation.settings import GenerationSettings
+from qstar.model import QuietStarModel
+from qstar.thinking import evaluating
+
+
+class GeneratingModel(QuietStarModel):
+    """A model that thinks while it generates."""
+
+    _qstar_call: Call | None = None
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]  # the base's other arguments pass through
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        think: bool | None = None,
+        think_when: str = "always",
+        thought_tokens: int | None = None,
+        thought_temperature: float = 0.0,
+        thought_seed: int = 0,
+        drafts: int | None = None,
+        output_thoughts: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate with a thought before every token; all else is ``GenerationMixin.generate`` of transformers.
+
+        Before a token the model reads the text, thinks ``K`` tokens, mixes what they lead to with what it would have
+        said without them, and forgets the thought: no token of one is ever in the text. Greedy decoding, sampling, beam
+        search, every logits processor, streamers, stop strings, chunked prefill and left-padded batches work as without
+        thoughts; so does going on from a returned ``past_key_values``.
+
+        A token takes ``K + 1`` passes. With ``drafts``, tokens to come are guessed and thought behind together, so that
+        a right guess takes a pass or none. Guesses are the model's own without thoughts, or those of
+        ``assistant_model``, or with ``prompt_lookup_num_tokens`` come from the text itself.
+
+        Args:
+            inputs: the prompt, ``[B, N]`` int64; a batch is padded on the left and has an ``attention_mask``.
+            generation_config: of transformers; its fields may also be given by name.
+            think: see :class:`qstar.generation.settings.GenerationSettings`, as for the next five.
+            think_when: before which tokens.
+            thought_tokens: K.
+            thought_temperature: thoughts are sampled at.
+            thought_seed: of the thoughts.
+            drafts: how many guesses.
+            output_thoughts: with ``return_dict_in_generate``, return the thoughts and their weights as well.
+            kwargs: whatever ``generate`` of transformers takes.
+
+        Returns:
+            Tokens ``[B, N + L]``; with ``return_dict_in_generate`` a
+            :class:`qstar.generation.output.ThinkingOutput`.
+
+        Raises:
+            ValueError: an argument has a wrong value, has no effect, or asks for what cannot be right with thoughts; or
+                the text would outgrow the positions that the model knows.
+        """
+        settings = GenerationSettings(
+            think=think,
+            think_when=think_when,
+            thought_tokens=thought_tokens,
+            thought_temperature=thought_temperature,
+            thought_seed=thought_seed,
+            drafts=drafts,
+        )
+        if inputs is not None:
+            kwargs["inputs"] = inputs
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
+        if not (self._has_learned_to_think() if think is None else think):
+            check_without_thoughts(settings, output_thoughts, kwargs)
+            return super().generate(**kwargs)
+        call = Call(self, settings, output_thoughts, kwargs)
+        self._qstar_call = call
+        try:
+            with evaluating(self):
+                output = super().generate(**call.arguments)
+            return call.result(output)
+        finally:
+            self._qstar_call = None
+            call.cache.finish()
+
+    def _has_learned_to_think(self) -> bool:
+        return bool(self.qstar_mixing_head.output.weight.any())
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """transformers asks for a cache here, with its settings prepared."""
+        if self._qstar_call is None:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        model_kwargs["past_key_values"] = self._qstar_call.cache
+        return None
+
+    def _get_logits_processor(
+        self, generation_config: GenerationConfig, input_ids_seq_length: int | None = None, *args: Any, **kwargs: Any
+    ) -> LogitsProcessorList:
+        """transformers makes its processors here, from which guesses learn how tokens are taken."""
+        processors = super()._get_logits_processor(generation_config, input_ids_seq_length, *args, **kwargs)
+        if self._qstar_call is not None:
+            self._qstar_call.begin(generation_config, cast(int, input_ids_seq_length), processors)
+        return processors
