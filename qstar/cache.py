@@ -201,7 +201,7 @@ def roomier(text: Tensor, held: int, needed: int) -> Tensor:
 
 
 def write_token(cache: Tensor, step: int | Tensor, token: Tensor) -> None:
-    """Write ``token`` ``[..., D]`` into ``cache`` ``[..., T, D]`` at ``step``, an int or ``[]``; no GPU is asked for it."""
+    """Write ``token`` ``[..., D]`` into ``cache`` ``[..., T, D]`` at ``step``, which no GPU is asked for."""
     if isinstance(step, Tensor) and cache.device.type not in AT_HAND:
         cache.index_copy_(-2, step.to(cache.device)[None], token.unsqueeze(-2))  # layers may lie on several devices
     else:

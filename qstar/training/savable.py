@@ -29,7 +29,7 @@ def check_savable(model: QuietStarModel, folder: Path) -> None:
             f"the model was loaded by {type(quantizer).__name__}, whose weights transformers does not save: copy them "
             "into a plain model of the same configuration first"
         )
-    base = type(model).__mro__[2]
+    base = type(model).__bases__[-1]  # see qstar.classes
     _check_loaded_as(model, base)
     if model.generation_config is not None:
         with tempfile.TemporaryDirectory() as trial:
