@@ -145,7 +145,9 @@ class Extension:
         if window is not None:
             seen &= key > last - window
         start = held_start(self.start, layer)
-        return seen[None, None] if start is None else (seen & (key >= start[:, -new:, None]))[:, None]
+        if start is None:
+            return seen[None, None]
+        return ((seen & (key >= start[:, -new:, None])) | (key == last))[:, None]  # padding sees itself, not nothing
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ from qstar.generation.text import TextSoFar
 from qstar.generation.thoughts import Predictions, Reader
 
 # What ``generate`` hands to any model and a pass needs not, or knows itself.
-UNNEEDED = ("past_key_values", "use_cache", "logits_to_keep", "position_ids", "cache_position", "return_dict")
+UNNEEDED = (
+    *("past_key_values", "use_cache", "logits_to_keep", "position_ids", "cache_position", "return_dict"),
+    "tokenizer",  # of stop strings
+)
 
 
 @dataclass
@@ -153,30 +156,27 @@ class ThinkingCache(Cache):
         for name, value in rest.items():
             if name not in UNNEEDED and value is not None and value is not False:
                 raise ValueError(f"{name} is given, but generating with thoughts does not know it")
-        self._take_in(input_ids, attention_mask)
-        speaking, text = self.speaking, self.text
-        assert text is not None
+        speaking = self.speaking
+        text = self.text = self._take_in(input_ids, attention_mask, speaking.prompt_length)
         if text.length < speaking.prompt_length:  # a part of a prompt that is read in chunks
             logits = speaking.reader.head.logits(speaking.reader.read(text)[:, -1])
         else:
             logits = speaking.next_logits(text)
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self)
 
-    def _take_in(self, tokens: Tensor, mask: Tensor | None) -> None:
-        if self.text is None:
-            self.text = TextSoFar.from_inputs(tokens, mask)
-            return
-        if len(tokens) != len(self.text.tokens):
-            raise ValueError(f"past_key_values holds {len(self.text.tokens)} rows, but input_ids has {len(tokens)}")
-        grown = self.text.followed_by(tokens)
-        if mask is not None and tokens.shape[1] > 1:
-            index = torch.arange(grown.length, device=mask.device)
-            expected = index >= (0 if self.text.padding is None else self.text.padding.to(mask.device))
-            if mask.shape[1] != grown.length or not torch.equal(mask.bool(), expected.expand(len(mask), -1)):
-                raise ValueError(
-                    "attention_mask must have the padding of the text in past_key_values, and 1 for all that follows"
-                )
-        self.text = grown
+    def _take_in(self, tokens: Tensor, mask: Tensor | None, prompt_length: int) -> TextSoFar:
+        before = self.text
+        if before is not None and len(tokens) != len(before.tokens):
+            raise ValueError(f"past_key_values holds {len(before.tokens)} rows, but input_ids has {len(tokens)}")
+        text = TextSoFar(tokens) if before is None else before.followed_by(tokens)
+        if mask is None or (before is not None and before.length >= prompt_length):
+            return text  # what is generated is never padding
+        text = text.under(mask)
+        if before is not None and not text.begins_with_padding_of(before):
+            raise ValueError("attention_mask must have the padding of the text that past_key_values holds")
+        if text.length >= prompt_length and text.padding is not None and int(text.padding.max()) == text.length:
+            raise ValueError(f"attention_mask hides all of row {int(text.padding.argmax())}: there is no text to go on")
+        return text
 
     def finish(self) -> None:
         """Forget the guesses, so that the cache can go on into another call."""

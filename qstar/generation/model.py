@@ -21,7 +21,7 @@ class GeneratingModel(QuietStarModel):
     _qstar_call: Call | None = None
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]  # the base's other arguments pass through
+    def generate(
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,

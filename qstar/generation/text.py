@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qstar.grid import Text
-
 
 class TextSoFar:
     """Tokens ``[B, N]`` with padding on the left, which grow at their end.
@@ -19,24 +17,25 @@ class TextSoFar:
     def __init__(self, tokens: Tensor, padding: Tensor | None = None):
         self.tokens, self.padding = tokens, padding
 
-    @classmethod
-    def from_inputs(cls, tokens: Tensor, attention_mask: Tensor | None) -> TextSoFar:
-        """The beginning ``[B, n]`` of a text, under a mask ``[B, n]``, 0 for padding.
+    def under(self, mask: Tensor) -> TextSoFar:
+        """The text with the padding that ``mask`` ``[B, N]`` shows, 0 for padding; a row may be padding so far.
 
         Raises:
-            ValueError: the mask has a hole, or padding on its right; a row is all padding.
+            ValueError: the mask has another length than the text, or padding elsewhere than on its left.
         """
-        if attention_mask is None:
-            return cls(tokens)
-        mask = attention_mask[:, : tokens.shape[1]]
-        text = Text.from_inputs(tokens, mask)
-        if not mask[:, -1].all():
-            row = int((mask[:, -1] == 0).nonzero()[0])
+        if mask.shape != self.tokens.shape:
             raise ValueError(
-                f"attention_mask ends with 0 in row {row}, but padding must stand on the left of a text that is to go "
-                "on: tokenizer.padding_side = 'left'"
+                f"attention_mask has shape {list(mask.shape)}, but it must be {list(self.tokens.shape)} as the text"
             )
-        return cls(tokens, None if text.start is None else text.start.amax(1, keepdim=True))
+        is_text = mask.to(self.tokens.device).bool()
+        padding = (is_text.cumsum(1) == 0).sum(1, keepdim=True)
+        if bool(((~is_text).sum(1, keepdim=True) > padding).any()):
+            row = int(((~is_text).sum(1) > padding[:, 0]).nonzero()[0])
+            raise ValueError(
+                f"attention_mask has a 0 behind text in row {row}, but padding must stand on the left of a text that "
+                "is to go on: tokenizer.padding_side = 'left'"
+            )
+        return TextSoFar(self.tokens, padding if bool(padding.any()) else None)
 
     @property
     def length(self) -> int:
@@ -62,3 +61,8 @@ class TextSoFar:
         """The text of these rows ``[B']``."""
         padding = None if self.padding is None else self.padding.index_select(0, rows)
         return TextSoFar(self.tokens.index_select(0, rows), padding)
+
+    def begins_with_padding_of(self, before: TextSoFar) -> bool:
+        """Whether what was the text ``before`` has the padding that it had."""
+        padding = [torch.zeros_like(x.tokens[:, :1]) if x.padding is None else x.padding for x in (self, before)]
+        return torch.equal(padding[0].clamp(max=before.length), padding[1])

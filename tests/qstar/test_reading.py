@@ -78,23 +78,10 @@ def test_a_text_longer_than_the_model_is_refused():
         read_grid(model, text, model.grid(124), tiny.random_thoughts(model, 1, 124))
 
 
-LONG_ROPE = dict(
-    max_position_embeddings=128,
-    original_max_position_embeddings=16,
-    rope_parameters=dict(
-        rope_type="longrope",
-        rope_theta=1e4,
-        original_max_position_embeddings=16,
-        short_factor=[1.0, 1.1, 1.2, 1.3],
-        long_factor=[2.0, 3.0, 4.0, 5.0],
-    ),
-)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("length", [10, 17, 25])
 def test_rotary_factors_that_change_with_the_length_are_one_set_for_text_and_thoughts(length):
-    model = tiny.thinking_model("phi3", changes=LONG_ROPE, thought_tokens=3, ahead_tokens=2, rationales=1)
+    model = tiny.thinking_model("phi3", changes=tiny.LONG_ROPE, thought_tokens=3, ahead_tokens=2, rationales=1)
     text, grid, thoughts = (
         Text.from_inputs(tiny.text(1, length)),
         model.grid(length),
@@ -114,7 +101,7 @@ def test_rotary_factors_that_change_with_the_length_are_one_set_for_text_and_tho
 
 @pytest.mark.parametrize("length", [11, 16])
 def test_a_text_whose_thoughts_would_have_other_rotary_factors_is_refused(length):
-    model = tiny.thinking_model("phi3", changes=LONG_ROPE, thought_tokens=3, ahead_tokens=2, rationales=1)
+    model = tiny.thinking_model("phi3", changes=tiny.LONG_ROPE, thought_tokens=3, ahead_tokens=2, rationales=1)
     text, grid = Text.from_inputs(tiny.text(1, length)), model.grid(length)
     message = f"a text of {length} tokens and 6 more cross original_max_position_embeddings = 16, where Phi3ForCausalLM"
     with pytest.raises(ValueError, match=message):
@@ -124,7 +111,7 @@ def test_a_text_whose_thoughts_would_have_other_rotary_factors_is_refused(length
 
 
 def test_a_text_that_goes_on_beyond_the_limit_of_its_rotary_factors_is_refused():
-    model = tiny.thinking_model("phi3", changes=LONG_ROPE, thought_tokens=3, ahead_tokens=2, rationales=1)
+    model = tiny.thinking_model("phi3", changes=tiny.LONG_ROPE, thought_tokens=3, ahead_tokens=2, rationales=1)
     tokens = tiny.text(1, 25)
     reading = read_text(model, Text.from_inputs(tokens[:, :8]), model.grid(8))
     with pytest.raises(ValueError, match="a text of 8 tokens and 23 more cross original_max_position_embeddings = 16"):
@@ -132,7 +119,7 @@ def test_a_text_that_goes_on_beyond_the_limit_of_its_rotary_factors_is_refused()
 
 
 def test_wrapping_says_where_rotary_factors_change(caplog):
-    tiny.thinking_model("phi3", changes=LONG_ROPE, thought_tokens=3, ahead_tokens=2)
+    tiny.thinking_model("phi3", changes=tiny.LONG_ROPE, thought_tokens=3, ahead_tokens=2)
     assert "Phi3ForCausalLM changes its rotary factors at 16 tokens: shorter texts whose thoughts" in caplog.text
     caplog.clear()
     tiny.thinking_model("phi3", thought_tokens=3, ahead_tokens=2)

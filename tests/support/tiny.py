@@ -52,6 +52,19 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         _LLAMA_LIKE | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
     ),
 }
+# Rotary factors that change at 16 tokens, for a Phi-3.
+LONG_ROPE = dict(
+    max_position_embeddings=128,
+    original_max_position_embeddings=16,
+    rope_parameters=dict(
+        rope_type="longrope",
+        rope_theta=1e4,
+        original_max_position_embeddings=16,
+        short_factor=[1.0, 1.1, 1.2, 1.3],
+        long_factor=[2.0, 3.0, 4.0, 5.0],
+    ),
+)
+
 CONFIG_NAMES = {"Gemma3": "Gemma3TextConfig"}
 
 

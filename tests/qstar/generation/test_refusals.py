@@ -1,0 +1,196 @@
+"""What ``generate`` cannot do with thoughts is refused with its reason, and what would have no effect as well."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from spoken import generate, opinionated
+from transformers import DynamicCache, GenerationConfig
+
+from qstar.generation.settings import GenerationSettings
+
+MODEL = opinionated("llama")
+PROMPT = tiny.text(2, 6)
+
+
+def mask(*rows: str) -> torch.Tensor:
+    return torch.tensor([[int(digit) for digit in row] for row in rows])
+
+
+CANNOT_BE_RIGHT = {
+    "a static cache": (
+        dict(cache_implementation="static"),
+        "cache_implementation is 'static', but thoughts come and go",
+    ),
+    "an offloaded cache": (dict(cache_implementation="offloaded"), "cache_implementation is 'offloaded'"),
+    "a static cache in a config": (
+        dict(generation_config=GenerationConfig(cache_implementation="static")),
+        "cache_implementation is 'static', but thoughts",
+    ),
+    "a cache object": (
+        dict(past_key_values=DynamicCache()),
+        "past_key_values is a DynamicCache, but it must be what an",
+    ),
+    "no cache": (dict(use_cache=False), "use_cache is False, but .*: thoughts need the cache of the text"),
+    "a decoding of one's own": (
+        dict(custom_generate=print),
+        "custom_generate is <built-in function print>, but a model",
+    ),
+    "embeddings": (
+        dict(inputs_embeds=torch.zeros(2, 6, 32)),
+        "inputs_embeds is given, .*: a thought reads the text by",
+    ),
+    "positions": (
+        dict(position_ids=PROMPT),
+        "position_ids is given, .*: positions are counted from the attention_mask",
+    ),
+    "guidance": (
+        dict(guidance_scale=1.5),
+        "guidance_scale is 1.5, .*: it would set a prediction with thoughts against",
+    ),
+    "hidden states": (dict(output_hidden_states=True), "output_hidden_states is True, .*: states of the thoughts"),
+    "attention weights": (dict(output_attentions=True), "output_attentions is True, but a model that thinks"),
+    "contrasted layers": (dict(dola_layers="high"), "dola_layers is 'high', .*: it contrasts layers"),
+    "contrastive search": (dict(penalty_alpha=0.6), "penalty_alpha is 0.6, .*: contrastive search looks into"),
+    "groups of beams": (dict(num_beam_groups=2), "num_beam_groups is 2, .*: it is a decoding of its own"),
+    "an early exit": (dict(assistant_early_exit=1), "assistant_early_exit is 1, .* drafts=N"),
+    "numbers of an assistant": (dict(num_assistant_tokens=3), "num_assistant_tokens is 3, .* drafts=N"),
+    "an assistant that is none": (dict(assistant_model="gpt2"), "assistant_model is a str, but it must be a model"),
+    "itself as assistant": (dict(assistant_model=MODEL), "assistant_model is the model itself, which makes guesses"),
+    "drafts of beams": (dict(num_beams=2, drafts=4), "drafts is given, but .*: num_beams is 2, and beams part"),
+    "an assistant of beams": (
+        dict(num_beams=2, assistant_model=tiny.plain_model("gpt2")),
+        "assistant_model is given, but no tokens can be guessed: num_beams is 2",
+    ),
+    "drafts of processes in step": (dict(synced_gpus=True, drafts=4), "drafts is given, but .*: synced_gpus is set"),
+    "drafts without thoughts": (dict(think_when="never", drafts=4), "drafts is given, but .*: think_when is 'never'"),
+    "an assistant without drafts": (
+        dict(drafts=0, assistant_model=tiny.plain_model("gpt2")),
+        "assistant_model is given, but drafts is 0",
+    ),
+    "guesses of two kinds": (
+        dict(prompt_lookup_num_tokens=3, assistant_model=tiny.plain_model("gpt2")),
+        "assistant_model and prompt_lookup_num_tokens both make guesses",
+    ),
+    "two numbers of guesses": (dict(prompt_lookup_num_tokens=3, drafts=4), "both say how many tokens are guessed"),
+    "thoughts and nothing to hold them": (
+        dict(output_thoughts=True),
+        "output_thoughts is True, but return_dict_in_gen",
+    ),
+    "padding on the right": (
+        dict(attention_mask=mask("111111", "111100")),
+        "a 0 behind text in row 1, but padding must",
+    ),
+    "a hole": (
+        dict(attention_mask=mask("110111", "111111")),
+        "attention_mask has a 0 behind text in row 0, but padding",
+    ),
+    "nothing to go on from": (dict(attention_mask=mask("111111", "000000")), "attention_mask hides all of row 1"),
+    "token types": (dict(token_type_ids=PROMPT), "token_type_ids"),
+    "a text that outgrows the model": (
+        dict(max_new_tokens=119),
+        "124 text tokens and 5 tokens of a thought make more than the model's max_position_embeddings = 128",
+    ),
+}
+HAS_NO_EFFECT = {
+    "think_when": dict(think_when="every:2"),
+    "thought_tokens": dict(thought_tokens=2),
+    "thought_temperature": dict(thought_temperature=1.0),
+    "thought_seed": dict(thought_seed=1),
+    "drafts": dict(drafts=2),
+    "output_thoughts": dict(output_thoughts=True, return_dict_in_generate=True),
+}
+WRONG = {
+    "think": (1.5, "think is 1.5, but it must be True, False or None"),
+    "think_when": ("sometimes", "think_when is 'sometimes', but it must be 'always', 'never', 'every:N'"),
+    "thought_tokens": (0, "thought_tokens is 0, but it must be an integer of at least 1"),
+    "drafts": (-1, "drafts is -1, but it must be an integer of at least 0"),
+    "thought_temperature": (-0.5, "thought_temperature is -0.5, but it must be a number of at least 0"),
+    "thought_seed": (2**64, "thought_seed is 18446744073709551616, but it must be below 2\\^64"),
+}
+
+
+@pytest.mark.parametrize("what", CANNOT_BE_RIGHT)
+def test_what_cannot_be_right_is_refused(what):
+    options, message = CANNOT_BE_RIGHT[what]
+    prompt = None if "inputs_embeds" in options else PROMPT
+    with pytest.raises(ValueError, match=message):
+        MODEL.generate(prompt, **(dict(max_new_tokens=4) | options))
+    expected = MODEL.generate(PROMPT, max_new_tokens=2)  # and the next call is none the worse for it
+    assert torch.equal(expected, opinionated("llama").generate(PROMPT, max_new_tokens=2))
+
+
+@pytest.mark.parametrize("name", HAS_NO_EFFECT)
+def test_what_has_no_effect_without_thoughts_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is given, but think is False, so that no thoughts are made"):
+        MODEL.generate(PROMPT, max_new_tokens=2, think=False, **HAS_NO_EFFECT[name])
+    untrained = opinionated("llama")
+    with torch.no_grad():
+        untrained.qstar_mixing_head.output.weight.zero_()
+    with pytest.raises(ValueError, match=f"{name} is given, but the mixing head has not been trained"):
+        untrained.generate(PROMPT, max_new_tokens=2, **HAS_NO_EFFECT[name])
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_setting_is_refused(name):
+    value, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**{name: value})
+    with pytest.raises(ValueError, match=message):
+        MODEL.generate(PROMPT, **{name: value})
+
+
+def test_a_cache_that_does_not_fit_is_refused():
+    output = generate(MODEL, PROMPT, max_new_tokens=4)
+    cache, longer = output.past_key_values, torch.cat([output.sequences, PROMPT], dim=1)
+    with pytest.raises(ValueError, match="inputs has 1 rows, but past_key_values holds 2"):
+        MODEL.generate(longer[:1], past_key_values=cache)
+    for wrong in (longer[:, :9], longer + 1, PROMPT):
+        with pytest.raises(
+            ValueError, match=f"inputs has {wrong.shape[1]} tokens, but they must begin with the 9 that"
+        ):
+            MODEL.generate(wrong % 30, past_key_values=cache)
+    hidden = torch.ones_like(longer)
+    hidden[0, 0] = 0
+    with pytest.raises(ValueError, match="attention_mask must have the padding of the text that past_key_values holds"):
+        MODEL.generate(longer, past_key_values=cache, attention_mask=hidden)
+    with pytest.raises(ValueError, match="past_key_values is from a generation with thoughts, but think is False"):
+        MODEL.generate(longer, past_key_values=cache, think=False)
+    with pytest.raises(ValueError, match=r"ThinkingCache, which model.generate\(think=True\) reads alone"):
+        MODEL(longer, past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match=r"ThinkingCache, which model.generate\(think=True\) reads alone"):
+        cache.update(torch.zeros(1), torch.zeros(1), 0)
+
+
+def test_a_static_cache_that_a_published_config_asks_for_gives_way():
+    model = opinionated("llama")
+    expected = model.generate(PROMPT, max_new_tokens=4)
+    model.generation_config.cache_implementation = "static"
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=4), expected)
+
+
+def test_a_text_may_grow_to_the_last_position_that_the_model_knows():
+    model = opinionated("gpt2")
+    for drafts in (0, 8):
+        output = generate(model, PROMPT[:1], max_new_tokens=118, drafts=drafts)  # 123 tokens and 5 of a thought
+        assert output.sequences.shape[1] == 124
+    with pytest.raises(ValueError, match="124 text tokens and 5 tokens of a thought make more than"):
+        generate(model, PROMPT[:1], max_new_tokens=119)
+
+
+def test_rotary_factors_that_change_on_the_way_are_refused():
+    model = opinionated("phi3", changes=tiny.LONG_ROPE)
+    with pytest.raises(ValueError, match="cross original_max_position_embeddings = 16"):
+        generate(model, PROMPT, max_new_tokens=8)
+    assert generate(model, PROMPT, max_new_tokens=4).sequences.shape == (2, 10)
+    assert generate(model, tiny.text(2, 20), max_new_tokens=4).sequences.shape == (2, 24)
+
+
+def test_another_attention_is_refused():
+    model = opinionated("llama")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="the model's attention is 'sdpa', but thoughts need 'qstar'"):
+        model.generate(PROMPT)
