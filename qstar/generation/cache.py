@@ -81,7 +81,7 @@ class Speaking:
         if ahead is not None and ahead.follows(text.tokens[:, -1:]):
             ahead.at += 1
         else:
-            self.look_back()
+            self.look_back(was_wrong=ahead is not None and ahead.at < ahead.guesses.shape[1])
             ahead = self._ahead = self._look_ahead(text)
         here, at = ahead.predictions, ahead.at
         self.said.append((here.thoughts[:, at], here.weight[:, at], here.thought_at[:, at]))
@@ -89,10 +89,10 @@ class Speaking:
             self.listener(*self.said[-1])
         return here.logits[:, at]
 
-    def look_back(self) -> None:
-        """Take note of how many guesses were right, and forget the others."""
+    def look_back(self, was_wrong: bool) -> None:
+        """Take note of how many guesses were right, and whether the next ``was_wrong``; forget the others."""
         if self._ahead is not None and self.lengths is not None and self._ahead.guesses.shape[1]:
-            self.lengths.record(self._ahead.at, self._ahead.at == self._ahead.guesses.shape[1])
+            self.lengths.record(self._ahead.at, not was_wrong)
         self._ahead = None
 
     def _look_ahead(self, text: TextSoFar) -> Ahead:
@@ -181,7 +181,7 @@ class ThinkingCache(Cache):
     def finish(self) -> None:
         """Forget the guesses, so that the cache can go on into another call."""
         if self.speaking is not None:
-            self.speaking.look_back()
+            self.speaking.look_back(was_wrong=False)
             self.speaking = None
         if self.text is not None:
             self.keys.cut(min(self.keys.text_length, self.text.length))

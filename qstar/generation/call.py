@@ -111,6 +111,7 @@ class Call:
         """What ``generate`` returns, of what that of transformers has returned."""
         if isinstance(output, Tensor):
             return output
+        self.speaking.look_back(was_wrong=False)
         thoughts, weights, where = self._in_order(output)
         valid = self._valid(output.sequences)
         reader, lengths = self.speaking.reader, self.speaking.lengths

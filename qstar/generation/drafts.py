@@ -213,7 +213,7 @@ class DraftLength:
         self._without = 0
 
     def record(self, right: int, all_right: bool) -> None:
-        """Of a round's guesses the first ``right`` were right, and unless ``all_right`` the next was wrong."""
+        """Of a round's guesses ``right`` were right, and the next was wrong unless that is ``all_right`` of them."""
         made = right + (not all_right)
         self.accepted, self.drafted = self.accepted + right, self.drafted + made
         self._right, self._made = self._right * self.MEMORY + right, self._made * self.MEMORY + made
