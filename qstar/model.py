@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     class _Decoder(PreTrainedModel):
         generate: Any
+        init_continuous_batching: Any
         _prepare_cache_for_generation: Any
         _get_logits_processor: Any
 

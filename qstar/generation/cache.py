@@ -12,7 +12,7 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qstar.cache import ThoughtCache
-from qstar.generation.drafts import Choice, Drafter, DraftLength, random_numbers_put_back
+from qstar.generation.drafts import Guessing
 from qstar.generation.text import TextSoFar
 from qstar.generation.thoughts import Predictions, Reader
 
@@ -49,9 +49,7 @@ class Speaking:
         reader: reads text and thoughts into the cache.
         prompt_length: tokens that are there before the first is generated, padding included.
         max_length: at most so many tokens, those of the prompt included.
-        choice: how tokens are taken, for the guesses.
-        drafter: makes the guesses; None to think token by token.
-        lengths: how many guesses; None without a drafter.
+        guessing: makes guesses; None to think token by token.
         said: for each token what came before it: the thoughts ``[B, K]``, their weights ``[B]``, and whether there was
             one at all, ``[B]`` boolean.
         listener: is told of each of these.
@@ -63,15 +61,12 @@ class Speaking:
         *,
         prompt_length: int,
         max_length: int,
-        choice: Choice,
-        drafter: Drafter | None,
-        lengths: DraftLength | None,
+        guessing: Guessing | None,
         listener: Callable[[Tensor, Tensor, Tensor], None] | None = None,
     ):
         self.reader = reader
         self.prompt_length, self.max_length = prompt_length, max_length
-        self.choice, self.drafter, self.lengths = choice, drafter, lengths
-        self.listener = listener
+        self.guessing, self.listener = guessing, listener
         self.said: list[tuple[Tensor, Tensor, Tensor]] = []
         self._ahead: Ahead | None = None
 
@@ -91,8 +86,8 @@ class Speaking:
 
     def look_back(self, was_wrong: bool) -> None:
         """Take note of how many guesses were right, and whether the next ``was_wrong``; forget the others."""
-        if self._ahead is not None and self.lengths is not None and self._ahead.guesses.shape[1]:
-            self.lengths.record(self._ahead.at, not was_wrong)
+        if self._ahead is not None and self.guessing is not None and self._ahead.guesses.shape[1]:
+            self.guessing.lengths.record(self._ahead.at, not was_wrong)
         self._ahead = None
 
     def _look_ahead(self, text: TextSoFar) -> Ahead:
@@ -101,14 +96,10 @@ class Speaking:
         reader.cache.let_go()
         if reader.cache.text_length < length - 1:
             reader.read(TextSoFar(text.tokens[:, :-1], text.padding))
-        count = self.max_length - length - 1  # guesses whose next token can still be wanted
-        if self.drafter is None or self.lengths is None or count < 1:
+        if self.guessing is None:
             return Ahead(reader.predict(text), text.tokens[:, :0])
-        count = min(count, self.lengths())
-        if not count:
-            return Ahead(reader.predict(text), text.tokens[:, :0])
-        with random_numbers_put_back(text.tokens.device):
-            guesses, bases = self.drafter.draft(reader, text, count, self.choice)
+        most = self.max_length - length - 1  # guesses whose next token can still be wanted
+        guesses, bases = self.guessing.guess(reader, text, most)
         return Ahead(reader.predict(text.followed_by(guesses), guesses.shape[1], bases), guesses)
 
 

@@ -10,7 +10,16 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from qstar.generation.cache import Speaking, ThinkingCache
-from qstar.generation.drafts import Choice, Drafter, DraftLength, FromAssistant, FromModel, FromText
+from qstar.generation.drafts import (
+    LONGEST_MATCH,
+    Choice,
+    Drafter,
+    DraftLength,
+    FromAssistant,
+    FromModel,
+    FromText,
+    Guessing,
+)
 from qstar.generation.output import Output, ThinkingBeamOutput, ThinkingOutput, ThinkingReport, with_thoughts
 from qstar.generation.refusals import asked_for, check_asked, check_assistant, check_drafts
 from qstar.generation.settings import MOST_DRAFTS, GenerationSettings
@@ -70,15 +79,11 @@ class Call:
             returned=1 if beams > 1 else config.num_return_sequences or 1,
             cache=self.cache.keys,
         )
-        drafter = self._drafter(beams)
-        most = self._guesses["prompt_lookup_num_tokens"] or settings.drafts or MOST_DRAFTS
         self.speaking = self.cache.speaking = Speaking(
             reader,
             prompt_length=prompt_length,
             max_length=int(config.max_length),
-            choice=Choice.of(processors, bool(config.do_sample), self._eos(), config.pad_token_id),
-            drafter=drafter,
-            lengths=None if drafter is None else DraftLength(most, self.cache.thought_tokens + 1, drafter.passes),
+            guessing=self._guessing(beams, processors),
             listener=getattr(self._streamer, "put_thoughts", None),
         )
 
@@ -89,18 +94,26 @@ class Call:
         self.model.check_length(last, further)
         self.model.check_rotary_factors(torch.arange(prompt_length)[None], last - prompt_length + further)
 
-    def _drafter(self, beams: int) -> Drafter | None:
+    def _guessing(self, beams: int, processors: LogitsProcessorList) -> Guessing | None:
         if check_drafts(self.settings, self._guesses | dict(synced_gpus=self._synced), beams) is not None:
             return None
+        asked = self._guesses["prompt_lookup_num_tokens"] or self.settings.drafts
+        drafter = self._drafter()
+        return Guessing(
+            drafter,
+            Choice.of(processors, bool(self.config.do_sample), self._eos(), self.config.pad_token_id),
+            DraftLength(asked or MOST_DRAFTS, self.cache.thought_tokens + 1, drafter.passes),
+            in_batches=asked is not None or self._guesses["assistant_model"] is not None,
+        )
+
+    def _drafter(self) -> Drafter:
         assistant = self._guesses["assistant_model"]
         if assistant is not None:
             check_assistant(self.model, assistant)
             sizes = [sum(x.numel() for x in each.parameters()) for each in (assistant, self.model)]
             return FromAssistant(assistant, sizes[0] / sizes[1])
         if self._guesses["prompt_lookup_num_tokens"] is not None:
-            return FromText(
-                *([self._guesses["max_matching_ngram_size"]] if self._guesses["max_matching_ngram_size"] else [])
-            )
+            return FromText(self._guesses["max_matching_ngram_size"] or LONGEST_MATCH)
         return FromModel()
 
     def _eos(self) -> Tensor:
@@ -114,13 +127,13 @@ class Call:
         self.speaking.look_back(was_wrong=False)
         thoughts, weights, where = self._in_order(output)
         valid = self._valid(output.sequences)
-        reader, lengths = self.speaking.reader, self.speaking.lengths
+        guessing = self.speaking.guessing
         report = ThinkingReport(
             tokens=int(valid.sum()),
             thought_share=float((where & valid).sum() / valid.sum().clamp(min=1)),
-            passes=reader.passes,
-            drafted=0 if lengths is None else lengths.drafted,
-            accepted=0 if lengths is None else lengths.accepted,
+            passes=self.speaking.reader.passes,
+            drafted=0 if guessing is None else guessing.lengths.drafted,
+            accepted=0 if guessing is None else guessing.lengths.accepted,
         )
         if not self.output_thoughts:
             return with_thoughts(output, None, None, report)

@@ -227,3 +227,27 @@ class DraftLength:
         best = max(range(self.most + 1), key=lambda count: tokens[count] / self._costs[count])
         self._without = 0 if best or self._without == self.PATIENCE else self._without + 1
         return best or int(not self._without)
+
+
+@dataclass
+class Guessing:
+    """Who guesses, how tokens are taken, and how many at a time.
+
+    Attributes:
+        in_batches: guess for several rows as well. A round lasts as long as the guesses of all rows are right.
+    """
+
+    drafter: Drafter
+    choice: Choice
+    lengths: DraftLength
+    in_batches: bool
+
+    def guess(self, reader: Reader, text: TextSoFar, most: int) -> tuple[Tensor, Tensor | None]:
+        """At most ``most`` tokens, as :meth:`Drafter.draft`."""
+        count = 0
+        if most > 0 and (self.in_batches or len(text.tokens) == 1):
+            count = min(most, self.lengths())
+        if not count:
+            return text.tokens[:, :0], None
+        with random_numbers_put_back(text.tokens.device):
+            return self.drafter.draft(reader, text, count, self.choice)

@@ -91,6 +91,19 @@ class GeneratingModel(QuietStarModel):
             self._qstar_call = None
             call.cache.finish()
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """That of transformers, without thoughts.
+
+        Raises:
+            ValueError: the model has learned to think, which it could not do there.
+        """
+        if self._has_learned_to_think():
+            raise ValueError(
+                "continuous batching makes no thoughts, and this model has learned to think: give generate() a batch, "
+                "or load the folder with AutoModelForCausalLM to have the model without thoughts"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def _has_learned_to_think(self) -> bool:
         return bool(self.qstar_mixing_head.output.weight.any())
 

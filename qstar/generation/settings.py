@@ -24,7 +24,8 @@ class GenerationSettings:
         thought_seed: of the thoughts. What a row thinks at a position depends on it and on the row's text alone, not on
             the batch; the sequences returned for one prompt think differently.
         drafts: think behind up to so many guessed tokens at once; 0 thinks token by token. The text is the same, up to
-            the rounding of logits. 8 by default, where guesses can be made.
+            the rounding of logits. By default 8 for a single row, where guesses can be made; and none for a batch, in
+            which guesses are of use only while they are right for all rows.
     """
 
     _argument_group_name = "thinking"
@@ -34,7 +35,7 @@ class GenerationSettings:
     thought_tokens: int | None = setting(None, "K: tokens in a thought; as in training by default.")
     thought_temperature: float = setting(0.0, "Thoughts are sampled at; 0 takes the most probable token.")
     thought_seed: int = setting(0, "Seed of the thoughts, where they are sampled.")
-    drafts: int | None = setting(None, f"Think behind up to so many guessed tokens at once; {MOST_DRAFTS} by default.")
+    drafts: int | None = setting(None, f"Think behind up to so many guessed tokens at once; {MOST_DRAFTS} for one row.")
 
     def __post_init__(self) -> None:
         if self.think not in (None, True, False):

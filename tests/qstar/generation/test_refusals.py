@@ -194,3 +194,8 @@ def test_another_attention_is_refused():
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="the model's attention is 'sdpa', but thoughts need 'qstar'"):
         model.generate(PROMPT)
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="continuous batching makes no thoughts, and this model has learned to think"):
+        MODEL.generate_batch([[5, 6, 7]])
