@@ -145,7 +145,7 @@ class ThinkingCache(Cache):
         if self.speaking is None:
             raise ValueError("past_key_values is a ThinkingCache, which model.generate(think=True) reads alone")
         for name, value in rest.items():
-            if name not in UNNEEDED and value is not None and value is not False:
+            if name not in UNNEEDED and value is not None and value is not False and value != {}:
                 raise ValueError(f"{name} is given, but generating with thoughts does not know it")
         speaking = self.speaking
         text = self.text = self._take_in(input_ids, attention_mask, speaking.prompt_length)

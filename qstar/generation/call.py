@@ -101,7 +101,7 @@ class Call:
         drafter = self._drafter()
         return Guessing(
             drafter,
-            Choice.of(processors, bool(self.config.do_sample), self._eos(), self.config.pad_token_id),
+            Choice.of(processors, bool(self.config.do_sample), self._eos(), self._pad()),
             DraftLength(asked or MOST_DRAFTS, self.cache.thought_tokens + 1, drafter.passes),
             in_batches=asked is not None or self._guesses["assistant_model"] is not None,
         )
@@ -119,6 +119,11 @@ class Call:
     def _eos(self) -> Tensor:
         eos = self.config.eos_token_id
         return torch.tensor([eos] if isinstance(eos, int) else eos or [], dtype=torch.int64, device=self.model.device)
+
+    def _pad(self) -> int | None:
+        """What transformers fills a row with after its end; None where rows have none."""
+        eos = self._eos().tolist()
+        return (eos[0] if self.config.pad_token_id is None else self.config.pad_token_id) if eos else None
 
     def result(self, output: Tensor | Output) -> Tensor | ThinkingOutput | ThinkingBeamOutput:
         """What ``generate`` returns, of what that of transformers has returned."""
@@ -154,11 +159,11 @@ class Call:
     def _valid(self, sequences: Tensor) -> Tensor:
         """Which generated tokens belong to their text, ``[B, L]``: not those that fill a row after its end."""
         said = sequences[:, self.prompt_length :]
+        pad = self._pad()
+        if pad is None:
+            return torch.ones_like(said, dtype=torch.bool)
         ends = torch.isin(said, self._eos().to(said.device))
-        valid = (ends.cumsum(1) - ends.long()) == 0
-        if self.config.pad_token_id is None:
-            return valid
         filling = (
-            (said == self.config.pad_token_id).long().flip(1).cumprod(1).flip(1).bool()
-        )  # also after a stop string
-        return valid & ~(filling & ~ends)
+            (said == pad).long().flip(1).cumprod(1).flip(1).bool()
+        )  # at the end of a row; also after a stop string
+        return (ends.cumsum(1) == ends) & (ends | ~filling)

@@ -34,7 +34,7 @@ class Choice:
         processors: those of its logits processors that keep no state; users' own are left out.
         do_sample: whether it samples.
         eos: tokens that end a row, ``[n]`` int64.
-        pad: what follows in a row that has ended.
+        pad: what follows in a row that has ended; None where rows do not end.
     """
 
     processors: LogitsProcessorList
@@ -55,7 +55,7 @@ class Choice:
             token = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
         else:
             token = scores.argmax(-1)
-        if self.pad is None or not len(self.eos):
+        if self.pad is None:
             return token
         ended = torch.isin(tokens[:, -1], self.eos) | (tokens[:, -1] == self.pad)
         return torch.where(ended, self.pad, token)

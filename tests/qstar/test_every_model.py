@@ -11,6 +11,7 @@ import re
 
 import every_model
 import pytest
+import spoken
 import tiny
 import torch
 from every_model import THINKS, UNTRIED, documented
@@ -228,3 +229,21 @@ def test_without_thoughts_it_stays_what_it_was_or_is_refused(model_type):
     after, text = model(**inputs, use_cache=False).logits, inputs["attention_mask"].bool()
     error = float((after - before)[text].norm() / before[text].norm())
     assert error < 2e-6
+
+
+@pytest.mark.parametrize("model_type", all_types())
+def test_it_generates_what_the_packed_pass_says(model_type):
+    """Token by token and behind guesses: each token's prediction is that of training after the same thought."""
+    model = accepted(model_type)
+    if model is None:
+        return
+    made_wild(model)
+    with_thought_embeddings(model, every_model.fresh_model(model_type))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    tokens, mask = spoken.padded(2, 7)
+    with Doubled():
+        for drafts in (0, 3):
+            output = spoken.generate(model, tokens, mask, max_new_tokens=7, drafts=drafts)
+            expected, _ = spoken.packed_log_probs(model.eval(), output, mask)
+            allowed = torch.isfinite(expected)
+            assert_close(output.logits.log_softmax(-1)[allowed], expected[allowed], f"{drafts} drafts")

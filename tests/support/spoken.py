@@ -14,7 +14,9 @@ from qstar.talking import read_grid
 
 def opinionated(family: str, **settings) -> QuietStarModel:
     """A tiny model whose thoughts weigh in, and which says no end on its own."""
-    model = tiny.thinking_model(family, **(dict(thought_tokens=3, ahead_tokens=1, rationales=1) | settings))
+    model = tiny.thinking_model(
+        family, **(dict(thought_tokens=3, ahead_tokens=1, rationales=1, check=False) | settings)
+    )
     generator = torch.Generator().manual_seed(5)
     weight = model.qstar_mixing_head.output.weight
     weight.data = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
