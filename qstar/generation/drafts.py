@@ -202,7 +202,7 @@ class DraftLength:
     """
 
     MEMORY = 0.9  # what a round counts beside the one after it
-    PRIOR = (3.0, 4.0)  # guesses that count as right, and as made, before there are any
+    PRIOR = (1.0, 2.0)  # guesses that count as right, and as made, before there are any
     PATIENCE = 16  # rounds without guesses before one is tried again
 
     def __init__(self, most: int, thought_passes: int, draft_passes: float):
