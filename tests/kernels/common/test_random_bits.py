@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from qstar_kernels.common import random_bits
 from qstar_kernels.common.random_bits import LOW_32, philox4x32, row_uniforms, uniform
 
 
@@ -26,6 +27,37 @@ def counter(*words):
 )
 def test_philox_known_answers(words, key, wanted):
     assert tuple(word.item() for word in philox4x32(counter(*words), key)) == wanted
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_philox_in_the_lanes_of_one_integer_is_that_of_each_counter(backwards):
+    """A lane of 64 bits for each; the highest words next to the lowest, so that nothing may spill over."""
+    ones = 1 + 2**64 + 2**128
+    counters = [(LOW_32,) * 4, (0,) * 4, (1, LOW_32, 2**31, 5)][:: -1 if backwards else 1]
+    key = 0xA4093822, 0x299F31D0
+    lanes = [sum(word << 64 * lane for lane, word in enumerate(words)) for words in zip(*counters, strict=True)]
+    found = philox4x32(lanes, tuple(word * ones for word in key), ones)
+    for lane, words in enumerate(counters):
+        wanted = [word.item() for word in philox4x32(counter(*words), key)]
+        assert [word >> 64 * lane & LOW_32 for word in found] == wanted
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, random_bits.FEW_ROWS, random_bits.FEW_ROWS + 1])
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (-7, 2**63 + 5), (2**64 - 1, 2**32)])
+def test_a_row_s_uniforms_do_not_depend_on_how_many_there_are(count, seed, step):
+    rows = torch.arange(count) * 2**53 - 2**62
+    found = row_uniforms(seed, step, rows)
+    many = row_uniforms(seed, step, torch.cat([rows, torch.arange(2 * random_bits.FEW_ROWS)]))
+    for mine, wanted in zip(found, many, strict=True):
+        assert mine.dtype == torch.float64 and torch.equal(mine, wanted[:count])
+
+
+@pytest.mark.parametrize("count", [0, 3, random_bits.FEW_ROWS + 1])
+def test_a_range_of_rows_has_the_uniforms_of_its_numbers(count):
+    first = 2**63 - 1 - count
+    found = row_uniforms(3, 4, range(first, first + count), torch.device("cpu"))
+    wanted = row_uniforms(3, 4, torch.arange(first, first + count))
+    assert all(torch.equal(mine, other) for mine, other in zip(found, wanted, strict=True))
 
 
 def test_layout_of_the_random_words():
