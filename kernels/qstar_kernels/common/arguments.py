@@ -18,9 +18,9 @@ def check_tensor(name: str, value: object, layout: str, shape: tuple[int | None,
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, but it is {type(value).__name__}")
-    if value.dim() != len(shape) or [
-        have if want is None else want for want, have in zip(shape, value.shape, strict=True)
-    ] != list(value.shape):
+    if value.dim() != len(shape) or any(
+        want not in (None, have) for want, have in zip(shape, value.shape, strict=True)
+    ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {list(value.shape)}, but it must be {layout} = [{wanted}]")
     if value.dtype not in dtypes:

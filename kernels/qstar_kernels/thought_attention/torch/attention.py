@@ -53,7 +53,7 @@ def attend_backward(do, out, lse, q, k, v, rationales: int, rules: Rules, dq: Te
 
 def own_tokens(step: int, *caches: Tensor) -> list[Tensor]:
     """Caches [B, Hkv, Nq, r, T, ...] up to token ``step``, views."""
-    return [x[:, :, :, :, : step + 1] for x in caches]
+    return [x.narrow(4, 0, step + 1) for x in caches]
 
 
 def attend_step(

@@ -39,7 +39,7 @@ class Block(NamedTuple):
 
 def grouped(x: Tensor, kv_heads: int) -> Tensor:
     """[B, Hq, M, S, ...] -> [B, Hkv, M, S, G, ...], a view."""
-    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).movedim(2, 4)
+    return x.view(x.shape[0], kv_heads, x.shape[1] // kv_heads, *x.shape[2:]).movedim(2, 4)
 
 
 def most_scores(device: torch.device) -> int:

@@ -47,14 +47,14 @@ def attend_step(q, k_text, v_text, k_own, v_own, rules: Rules, out: Tensor, lse:
     batch, kv_heads, seen, width = k_text.shape
     shape = (batch, kv_heads, queries, q.shape[3], q.shape[1] // kv_heads)
     pairs, group, own, value_width = batch * kv_heads, shape[4], k_own.shape[4], v_text.shape[3]
-    rows = grouped(q, kv_heads).reshape(pairs, -1, width) * rules.scale
+    rows = grouped(q, kv_heads).reshape(pairs, -1, width)
     k_text, v_text = k_text.reshape(pairs, seen, width), v_text.reshape(pairs, seen, value_width)
     k_own, v_own = k_own.reshape(-1, own, width), v_own.reshape(-1, own, value_width)
 
     scores = rows.new_empty(pairs, rows.shape[1], seen + own + (rules.sinks is not None))
-    text_scores, own_scores = scores[..., :seen], scores[..., seen : seen + own]
-    torch.bmm(rows, k_text.mT, out=text_scores)
-    own_scores.copy_(torch.bmm(rows.view(-1, group, width), k_own.mT).view(own_scores.shape))
+    text_scores, own_scores = scores[..., :seen], scores[..., seen : seen + own].view(-1, group, own)
+    text_scores.baddbmm_(rows, k_text.mT, beta=0, alpha=rules.scale)
+    torch.mul(torch.bmm(rows.view(-1, group, width), k_own.mT), rules.scale, out=own_scores)
     if rules.softcap is not None:
         scores.div_(rules.softcap).tanh_().mul_(rules.softcap)
     hide_text(text_scores.view(*shape[:3], shape[3] * group, seen), first, tokens, rules)
@@ -65,7 +65,7 @@ def attend_step(q, k_text, v_text, k_own, v_own, rules: Rules, out: Tensor, lse:
     torch.softmax(scores, -1, out=scores)  # from here on they are weights, the largest of a row 1 / sum of e^(s - peak)
     lse_rows = peak.sub_(scores.amax(dim=-1).log_())
     mean = torch.bmm(text_scores, v_text)
-    mean.view(-1, group, value_width).baddbmm_(own_scores.reshape(-1, group, own), v_own)
+    mean.view(-1, group, value_width).baddbmm_(own_scores, v_own)
     grouped(out, kv_heads).copy_(mean.view(*shape, value_width))
     grouped(lse, kv_heads).copy_(lse_rows.view(shape))
 
