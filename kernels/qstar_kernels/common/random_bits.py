@@ -69,7 +69,8 @@ def row_uniforms(
     """
     if isinstance(rows, Tensor):
         device = rows.device
-    if (device is None or device.type == "cpu") and 0 < len(rows) <= FEW_ROWS:
+    on_cpu = device is None or device.type == "cpu"
+    if on_cpu and 0 < len(rows) <= FEW_ROWS and not torch.compiler.is_compiling():  # which follows tensors only
         return few_row_uniforms(int(seed), int(step), rows if isinstance(rows, range) else rows.tolist())
     if isinstance(rows, range):
         rows = torch.arange(rows.start, rows.stop, device=device)

@@ -277,6 +277,15 @@ def test_neither_strides_nor_autocast_change_a_draw():
     assert all(torch.equal(mine, plain) for mine, plain in zip(ours, wanted, strict=True))
 
 
+def test_draws_compile_in_one_graph():
+    hidden, weight = make_exact_inputs(5, 300)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: sample_linear(x, weight, seed=-3, step=2), fullgraph=True, backend="aot_eager")
+    drawn, wanted = compiled(hidden), sample_linear(hidden, weight, seed=-3, step=2)
+    torch.compiler.reset()
+    assert all(torch.equal(mine, other) for mine, other in zip(drawn, wanted, strict=True))
+
+
 def test_draws_have_no_gradient():
     hidden, weight = (tensor.requires_grad_() for tensor in make_inputs(5, 7, 3))
     for backend in ("torch", "reference"):
