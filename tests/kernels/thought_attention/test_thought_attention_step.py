@@ -137,6 +137,20 @@ def test_windows_of_any_length(window, sinks, path):
         assert_close(lse, wanted_lse)
 
 
+@pytest.mark.parametrize("strided", [False, True], ids=["slots inside heads", "heads inside slots"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("batch", "rationales"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_any_layout_and_group_of_heads(batch, rationales, kv_heads, strided, path):
+    case = AttentionCase(batch=batch, rationales=rationales, kv_heads=kv_heads, softcap=3.0)
+    inputs = attention_inputs(case, strided=strided)
+    for queries, step in itertools.product((1, 2, 7), (0, 2)):
+        arguments, rules, _ = step_inputs(case, inputs, queries, step, 0.0)
+        out, lse = thought_attention_step(*arguments, **rules, return_lse=True)
+        wanted, wanted_lse = thought_attention_step(*arguments, **rules, return_lse=True, backend="reference")
+        assert_close(out, wanted)
+        assert_close(lse, wanted_lse)
+
+
 @pytest.mark.parametrize("size", [1e-3, 30.0, 1e4])
 def test_log_sum_exp_of_flat_and_of_steep_scores(size, path):
     inputs = attention_inputs(CASE, torch.float32)

@@ -54,7 +54,7 @@ def attend_step(q, k_text, v_text, k_own, v_own, rules: Rules, out: Tensor, lse:
     scores = rows.new_empty(pairs, rows.shape[1], seen + own + (rules.sinks is not None))
     text_scores, own_scores = scores[..., :seen], scores[..., seen : seen + own].view(-1, group, own)
     text_scores.baddbmm_(rows, k_text.mT, beta=0, alpha=rules.scale)
-    torch.mul(torch.bmm(rows.view(-1, group, width), k_own.mT), rules.scale, out=own_scores)
+    torch.mul(torch.bmm(rows.reshape(-1, group, width), k_own.mT), rules.scale, out=own_scores)
     if rules.softcap is not None:
         scores.div_(rules.softcap).tanh_().mul_(rules.softcap)
     hide_text(text_scores.view(*shape[:3], shape[3] * group, seen), first, tokens, rules)
