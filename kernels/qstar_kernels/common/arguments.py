@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -37,9 +39,9 @@ def check_number(name: str, value: object, *, above: float | None = None, at_lea
     """Raise unless ``value`` is a finite real number above or at least a bound."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, but it is {type(value).__name__}")
-    wanted = f"above {above}" if above is not None else f"at least {at_least}" if at_least is not None else "finite"
-    finite = value == value and value not in (float("inf"), float("-inf"))
-    if not finite or (above is not None and value <= above) or (at_least is not None and value < at_least):
+    outside = (above is not None and value <= above) or (at_least is not None and value < at_least)
+    if outside or not -inf < value < inf:
+        wanted = f"above {above}" if above is not None else f"at least {at_least}" if at_least is not None else "finite"
         raise ValueError(f"{name} is {value}, but it must be {wanted}")
 
 

@@ -94,7 +94,7 @@ def build_launch(
         d_logits = y.view(dtype)[:, : shape.vocabulary]
         return head.gradient_launch(y, values(torch.int64), values(), extra, extra, values(), d_logits)
     step = torch.zeros((), dtype=torch.int64, device=device) if rules else 3
-    rows = values(torch.int64) if rules else 0
+    rows = values(torch.int64) if rules else range(shape.rows)
     draws = Draws(head, logit_map, 1.0, 2**40, step)
     return draws.launches(y, rows, values(torch.int64), values())[kernel == "draw"]
 

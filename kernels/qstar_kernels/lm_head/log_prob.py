@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from qstar_kernels import reference
 from qstar_kernels.backends import choose
 from qstar_kernels.common.arguments import check_alike, check_integer, check_number, check_tensor
+from qstar_kernels.common.autocast import without_autocast
 from qstar_kernels.lm_head.heads import make_rows
 from qstar_kernels.lm_head.logits import (
     LEAST_TEMPERATURE,
@@ -26,7 +27,6 @@ from qstar_kernels.lm_head.logits import (
     logit_chunks,
     product,
     rows_of,
-    without_autocast,
 )
 
 

@@ -8,8 +8,7 @@ with the forbidden columns at -inf. ``E`` is the width, ``V`` the vocabulary, ``
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,11 +37,6 @@ def accumulator_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Compute in the dtypes given, whatever the caller's autocast says."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 def as_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A factor of products in ``dtype``; float32 on a CPU, whose libraries round the products of 16-bit factors."""
     return tensor.to(dtype) if tensor.is_cuda else tensor.to(accumulator_dtype(tensor))
@@ -68,14 +62,16 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b, out_dtype=dtype) if dtype.itemsize > a.dtype.itemsize else (a @ b).to(dtype)
 
 
-def logit_chunks(hidden: Tensor, head, rows: Tensor, *, column_multiple: int = 1) -> Iterator[tuple[Tensor, ...]]:
-    """Yield ``(rows, factors, y)`` by chunks of ``rows``; every ``y`` lives in the same buffer.
+def logit_chunks(
+    hidden: Tensor, head, rows: Tensor | None = None, *, column_multiple: int = 1
+) -> Iterator[tuple[Any, tuple[Tensor, ...], Tensor]]:
+    """Yield ``(rows, factors, y)`` by chunks of ``rows``, or of all as slices; every ``y`` lives in the same buffer.
 
     ``factors`` are those of :func:`split`, for products with the head's weight. ``head`` is of ``make_rows``, and
     says what ``y`` holds. It has V columns rounded up to ``column_multiple`` and that of the head,
     powers of two, and may be overwritten.
     """
-    vocabulary = len(head.weight)
+    vocabulary = head.weight.shape[0]
     column_multiple = max(column_multiple, head.column_multiple)
     if hidden.is_cuda:
         height = max(1, GPU_CHUNK_ELEMENTS // max(vocabulary, hidden.shape[1]))
@@ -83,10 +79,13 @@ def logit_chunks(hidden: Tensor, head, rows: Tensor, *, column_multiple: int = 1
     else:
         height = max(1, min(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // vocabulary))
     width = -(-vocabulary // column_multiple) * column_multiple
-    buffer = hidden.new_empty(min(height, len(rows)), width, dtype=accumulator_dtype(hidden))
-    for chunk in rows.split(height):
-        factors = split(hidden[chunk], head.weight.dtype)
-        yield chunk, factors, head.multiply(factors, buffer[: len(chunk)])
+    count = hidden.shape[0] if rows is None else rows.shape[0]
+    buffer = hidden.new_empty(min(height, count), width, dtype=accumulator_dtype(hidden))
+    for start in range(0, max(count, 1), height):
+        here = slice(start, min(start + height, count))
+        chunk = here if rows is None else rows[here]
+        factors = split(hidden[chunk].contiguous(), head.weight.dtype)
+        yield chunk, factors, head.multiply(factors, buffer[: here.stop - start])
 
 
 def check_head(

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from qstar_kernels import reference
 from qstar_kernels.backends import choose, implementation
 from qstar_kernels.common.arguments import check_alike, check_tensor
-from qstar_kernels.lm_head.logits import without_autocast
+from qstar_kernels.common.autocast import without_autocast
 
 
 class _MixHidden(torch.autograd.Function):

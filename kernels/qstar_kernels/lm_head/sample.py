@@ -18,32 +18,24 @@ from torch import Tensor
 from qstar_kernels import reference
 from qstar_kernels.backends import choose, implementation
 from qstar_kernels.common.arguments import check_alike, check_integer, check_number, check_tensor, integer_or_tensor
+from qstar_kernels.common.autocast import without_autocast
 from qstar_kernels.lm_head.heads import make_rows
 from qstar_kernels.lm_head.logits import (
     LEAST_TEMPERATURE,
     TILE,
     LogitMap,
-    accumulator_dtype,
     check_forbidden,
     check_head,
     logit_chunks,
-    without_autocast,
 )
 
 
 def _sample(hidden, weight, bias, forbidden, logit_map, product_dtype, temperature, seed, step, rows, backend):
-    """``rows`` is the number of the first row, or ``[R]`` those of all."""
     head = make_rows(backend, weight, bias, forbidden, logit_map, product_dtype)
     draws = implementation("lm_head", backend).Draws(head, logit_map, temperature, seed, step)
-    index = torch.arange(len(hidden), device=hidden.device)
-    tokens, log_prob = torch.empty_like(index), hidden.new_empty(len(index), dtype=accumulator_dtype(hidden))
-    start = 0
-    for _, _, y in logit_chunks(hidden, head, index, column_multiple=TILE):
-        end = start + len(y)
-        numbers = rows[start:end] if isinstance(rows, Tensor) else rows + start
-        tokens[start:end], log_prob[start:end] = draws.draw(y, numbers)
-        start = end
-    return tokens, log_prob
+    drawn = [draws.draw(y, rows[chunk]) for chunk, _, y in logit_chunks(hidden, head, column_multiple=TILE)]
+    tokens, log_prob = zip(*drawn, strict=True)
+    return torch.cat(tokens), torch.cat(log_prob)
 
 
 @torch.no_grad()
@@ -140,7 +132,7 @@ def sample_linear(
                 softcap=softcap,
                 forbidden=forbidden,
             )
-        numbers = row_offset if rows is None else rows.contiguous()
+        numbers = range(row_offset, row_offset + hidden.shape[0]) if rows is None else rows.contiguous()
         logit_map = LogitMap(log_prob_temperature, logit_scale, softcap)
         return _sample(
             hidden, weight, bias, forbidden, logit_map, product_dtype, temperature, seed, step, numbers, chosen

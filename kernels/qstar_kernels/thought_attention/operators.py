@@ -12,12 +12,14 @@ call, and its first call imports torch._dynamo.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qstar_kernels.backends import implementation
+from qstar_kernels.common.autocast import without_autocast
 from qstar_kernels.thought_attention import flops
 from qstar_kernels.thought_attention import torch as torch_backend
 from qstar_kernels.thought_attention.rules import Rules
@@ -79,7 +81,7 @@ def attend(
     rules = Rules(scale, window, softcap, sinks, text_start)
     out, lse = empty_results(q, v.shape[-1])
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         implementation("thought_attention", backend).attend(q, k, v, rationales, rules, out, lse)
     return out, lse
 
@@ -107,7 +109,7 @@ def attend_backward(
     rules = Rules(scale, window, softcap, sinks, text_start)
     grads = empty_gradients(q, k, v)
     do, q, k, v = (unit_stride(x) for x in (do, q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         implementation("thought_attention", backend).attend_backward(do, out, lse, q, k, v, rationales, rules, *grads)
     return grads
 
@@ -135,7 +137,7 @@ def attend_step(
     rules = Rules(scale, window, softcap, sinks, text_start)
     inputs = (unit_stride(x) for x in (q, k_text, v_text, k_thought, v_thought))
     out, lse = empty_results(q, v_text.shape[-1])
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         at = step if step_index is None else step_index
         implementation("thought_attention", backend).attend_step(*inputs, at, rules, out, lse)
     return out, lse
@@ -162,7 +164,7 @@ def attend_step_backward(
     rules = Rules(scale, window, softcap, sinks, text_start)
     inputs = (q, k_text, v_text, k_thought, v_thought)
     grads = tuple(torch.zeros_like(x) for x in inputs)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         at = step if step_index is None else step_index
         torch_backend.attend_step_backward(do, out, lse, *inputs, at, rules, grads)
     return grads
@@ -210,13 +212,21 @@ class StepAttention(torch.autograd.Function):
         return *grads, None, None, sinks_gradient(do, out, lse, sinks), *(None,) * 5
 
 
+def differentiate(op: Callable, function: type[torch.autograd.Function], *inputs):
+    """``op``, through ``function`` where a gradient may be asked for."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return function.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
+
+
 def define(name: str, implementation: Callable, fake: Callable, function: type[torch.autograd.Function] | None) -> None:
     schema = torch.library.infer_schema(implementation, mutates_args=(), op_name=name)
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qstar_kernels::{name}", fake, lib=library)
     if function is not None:
-        library.impl(name, function.apply, "Autograd")
+        library.impl(name, partial(differentiate, getattr(ops, name), function), "Autograd")
 
 
 define("thought_attention", attend, attend_fake, Attention)

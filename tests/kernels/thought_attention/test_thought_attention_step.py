@@ -9,6 +9,7 @@ from qstar_kernels import thought_attention, thought_attention_step
 from qstar_kernels.testing import AttentionCase, assert_close, attention_inputs, relative_error
 
 blocks = import_module("qstar_kernels.thought_attention.torch.blocks")
+direct = import_module("qstar_kernels.thought_attention.torch.direct")
 flash = import_module("qstar_kernels.thought_attention.torch.flash")
 
 RULES = [
@@ -33,13 +34,19 @@ def step_inputs(case, inputs, queries, step, filler=float("nan")):
     return (q, k_text, v_text, k_thought, v_thought, step), {**rules, "sinks": inputs.sinks}, (first, slot)
 
 
-@pytest.mark.parametrize("many_blocks", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("rules", RULES, ids=str)
-def test_is_one_slot_of_the_packed_op(rules, backend, many_blocks, monkeypatch):
-    if many_blocks:
+@pytest.fixture(params=["direct", "one block", "many blocks"])
+def path(request, monkeypatch):
+    """Of what flash attention does not serve."""
+    if request.param != "direct":
+        monkeypatch.setattr(direct, "serves", lambda *_: False)
+    if request.param == "many blocks":
         monkeypatch.setattr(blocks, "SCORES_ON_CPU", 100)
         monkeypatch.setattr(blocks, "ROWS", 1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_is_one_slot_of_the_packed_op(rules, backend, path):
     case = CASE._replace(**rules)
     inputs = attention_inputs(case)
     packed = thought_attention(*inputs[:3], sinks=inputs.sinks, **inputs.rules, return_lse=True, backend="reference")
@@ -51,7 +58,7 @@ def test_is_one_slot_of_the_packed_op(rules, backend, many_blocks, monkeypatch):
 
 
 @pytest.mark.parametrize("rules", [RULES[0], RULES[-1]], ids=["plain", "all rules"])
-def test_gradients_equal_reference(rules):
+def test_gradients_equal_reference(rules, path):
     case = CASE._replace(**rules)
     inputs = attention_inputs(case)
     arguments, rules, _ = step_inputs(case, inputs, 4, 1)
@@ -72,7 +79,7 @@ def test_gradients_are_those_of_finite_differences():
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_slots_beyond_the_step_have_no_influence(backend):
+def test_slots_beyond_the_step_have_no_influence(backend, path):
     inputs = attention_inputs(CASE, torch.float32)
     results = []
     for filler in (0.0, float("nan"), float("inf")):
@@ -84,7 +91,7 @@ def test_slots_beyond_the_step_have_no_influence(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_rounding_stays_within_the_rule(dtype):
+def test_rounding_stays_within_the_rule(dtype, path):
     case = AttentionCase(positions=61, rationales=2, tokens=5, width=32, value_width=32)
     inputs = attention_inputs(case, dtype)
     arguments, rules, _ = step_inputs(case, inputs, 50, 3, 0.0)
@@ -92,6 +99,66 @@ def test_rounding_stays_within_the_rule(dtype):
     out = thought_attention_step(*arguments, **rules)
     assert out.dtype == dtype
     assert_close(out, thought_attention_step(*exact, 3, **rules, backend="reference"))
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+@pytest.mark.parametrize("queries", [1, 4])
+def test_hidden_text_has_no_influence(rules, queries, path):
+    """Bit for bit, whatever is in its keys and values."""
+    case = CASE._replace(**rules)
+    inputs = attention_inputs(case, torch.float32)
+    (q, k_text, v_text, *rest), rules, (first, _) = step_inputs(case, inputs, queries, 1)
+    key, query = torch.arange(case.positions), torch.arange(first, case.positions)[:, None]
+    visible = (key <= query).expand(case.batch, -1, -1)
+    if case.window is not None:
+        visible = visible & (query + 2 - key < case.window)
+    if case.text_start:
+        visible = visible & (key >= rules["text_start"][:, first:, None])
+    out, lse = thought_attention_step(q, k_text, v_text, *rest, **rules, return_lse=True)
+    for index in range(queries):
+        hidden = ~visible[:, index, None, :, None]
+        others = (x.masked_fill(hidden, filler) for x, filler in ((k_text, 50.0), (v_text, -1e30)))
+        other, other_lse = thought_attention_step(q, *others, *rest, **rules, return_lse=True)
+        assert torch.equal(other[:, :, index], out[:, :, index])
+        assert torch.equal(other_lse[:, :, index], lse[:, :, index])
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 11, 40])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_windows_of_any_length(window, sinks, path):
+    """From one that hides all text and older tokens of the thought to one that hides nothing."""
+    case = AttentionCase(positions=9, tokens=4, value_width=8, window=window, sinks=sinks)
+    inputs = attention_inputs(case, strided=sinks)
+    for queries, step in itertools.product((1, 2, 8), (0, 3)):
+        arguments, rules, _ = step_inputs(case, inputs, queries, step, 0.0)
+        out, lse = thought_attention_step(*arguments, **rules, return_lse=True)
+        wanted, wanted_lse = thought_attention_step(*arguments, **rules, return_lse=True, backend="reference")
+        assert_close(out, wanted)
+        assert_close(lse, wanted_lse)
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["slots inside heads", "heads inside slots"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("batch", "rationales"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_any_layout_and_group_of_heads(batch, rationales, kv_heads, strided, path):
+    case = AttentionCase(batch=batch, rationales=rationales, kv_heads=kv_heads, softcap=3.0)
+    inputs = attention_inputs(case, strided=strided)
+    for queries, step in itertools.product((1, 2, 7), (0, 2)):
+        arguments, rules, _ = step_inputs(case, inputs, queries, step, 0.0)
+        out, lse = thought_attention_step(*arguments, **rules, return_lse=True)
+        wanted, wanted_lse = thought_attention_step(*arguments, **rules, return_lse=True, backend="reference")
+        assert_close(out, wanted)
+        assert_close(lse, wanted_lse)
+
+
+@pytest.mark.parametrize("size", [1e-3, 30.0, 1e4])
+def test_log_sum_exp_of_flat_and_of_steep_scores(size, path):
+    inputs = attention_inputs(CASE, torch.float32)
+    (q, *arguments), rules, _ = step_inputs(CASE, inputs, 4, 1, 0.0)
+    _, lse = thought_attention_step(q * size, *arguments, **rules, return_lse=True)
+    exact = [x.double() for x in (q * size, *arguments[:4])]
+    _, wanted = thought_attention_step(*exact, 1, **rules, return_lse=True, backend="reference")
+    assert_close(lse, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

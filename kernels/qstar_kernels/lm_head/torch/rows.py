@@ -29,7 +29,8 @@ class Rows:
         """Fill ``y``, whose columns beyond V are at -inf."""
         temperature, logit_scale, softcap = self.logit_map
         gain = logit_scale / (temperature if softcap is None else softcap)
-        logits = y[:, : len(self.weight)]
+        vocabulary = self.weight.shape[0]
+        logits = y[:, :vocabulary]
         if self.bias is not None:
             logits.copy_(self.bias)
         for index, factor in enumerate(factors):
@@ -37,7 +38,8 @@ class Rows:
             add_product(logits, factor, self.weight.T, alpha=gain, beta=beta)
         if softcap is not None:
             logits.tanh_().mul_(softcap / temperature)
-        y[:, len(self.weight) :] = -torch.inf
+        if vocabulary < y.shape[1]:
+            y[:, vocabulary:] = -torch.inf
         return y if self.forbidden is None else y.index_fill_(1, self.forbidden, -torch.inf)
 
     def score(self, y: Tensor, targets: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor | None]:

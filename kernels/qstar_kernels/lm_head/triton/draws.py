@@ -20,13 +20,13 @@ class Draws:
         self.greedy = temperature == 0
         self.ratio = 1.0 if self.greedy else logit_map.temperature / temperature
 
-    def draw(self, y: Tensor, rows: int | Tensor) -> tuple[Tensor, Tensor]:
-        """tokens and log_prob of rows numbered from ``rows`` on, or by it, ``[R]``, contiguous."""
+    def draw(self, y: Tensor, rows: range | Tensor) -> tuple[Tensor, Tensor]:
+        """tokens and log_prob of rows with the numbers ``rows``, contiguous if in memory."""
         tokens, log_prob = y.new_empty(len(y), dtype=torch.int64), y.new_empty(len(y))
         run_all(self.launches(y, rows, tokens, log_prob), y)
         return tokens, log_prob
 
-    def launches(self, y: Tensor, rows: int | Tensor, tokens: Tensor, log_prob: Tensor) -> list[Launch]:
+    def launches(self, y: Tensor, rows: range | Tensor, tokens: Tensor, log_prob: Tensor) -> list[Launch]:
         vocabulary = len(self.head.weight)
         shape = len(y), -(-vocabulary // TILE)
         masses = {
@@ -43,7 +43,7 @@ class Draws:
             "unit": 2.0 ** (62 - vocabulary.bit_length()),
             "seed": self.seed,
             "step": self.step,
-            "rows": rows,
+            "rows": rows if isinstance(rows, Tensor) else rows.start,
             "GREEDY": self.greedy,
             "SEED_IN_MEMORY": isinstance(self.seed, Tensor),
             "STEP_IN_MEMORY": isinstance(self.step, Tensor),

@@ -1,6 +1,7 @@
 """Thought attention in plain PyTorch: memory linear in N, an exact backward pass, any device.
 
-What torch's flash attention can express goes through it; everything else goes by blocks of positions.
+A step for few queries goes directly. What torch's flash attention can express goes through it; everything else goes
+by blocks of positions.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qstar_kernels.thought_attention.rules import Rules
-from qstar_kernels.thought_attention.torch import blocked, flash
+from qstar_kernels.thought_attention.torch import blocked, direct, flash
 
 
 def split_slots(x: Tensor, rationales: int) -> tuple[Tensor, Tensor | None]:
@@ -52,20 +53,24 @@ def attend_backward(do, out, lse, q, k, v, rationales: int, rules: Rules, dq: Te
 
 def own_tokens(step: int, *caches: Tensor) -> list[Tensor]:
     """Caches [B, Hkv, Nq, r, T, ...] up to token ``step``, views."""
-    return [x[:, :, :, :, : step + 1] for x in caches]
+    return [x.narrow(4, 0, step + 1) for x in caches]
 
 
 def attend_step(
     q, k_text, v_text, k_thought, v_thought, step: int | Tensor, rules: Rules, out: Tensor, lse: Tensor
 ) -> None:
     """Fill out [B, Hq, Nq, r, Dv] and lse [B, Hq, Nq, r]; tokens of the thoughts beyond ``step`` are never read."""
+    if not out.numel():
+        return
     step = int(step)
     k_own, v_own = own_tokens(step, k_thought, v_thought)
-    rules = needed(rules, k_text.shape[2], step + 1)
-    if q.shape[2] == k_text.shape[2] and flash.expressible(q, v_text, rules):
-        flash.attend_step(q, k_text, v_text, k_own, v_own, rules, out, lse)
-    elif out.numel():
-        blocked.attend(q, k_text, v_text, k_own, v_own, rules, step, out, lse)
+    length = k_text.shape[2]
+    if q.shape[2] == length and flash.expressible(q, v_text, flash_rules := needed(rules, length, step + 1)):
+        flash.attend_step(q, k_text, v_text, k_own, v_own, flash_rules, out, lse)
+    elif direct.serves(q, k_text, rules, step + 1):
+        direct.attend_step(q, k_text, v_text, k_own, v_own, rules, out, lse)
+    else:
+        blocked.attend(q, k_text, v_text, k_own, v_own, needed(rules, length, step + 1), step, out, lse)
 
 
 def attend_step_backward(

@@ -39,7 +39,12 @@ class Block(NamedTuple):
 
 def grouped(x: Tensor, kv_heads: int) -> Tensor:
     """[B, Hq, M, S, ...] -> [B, Hkv, M, S, G, ...], a view."""
-    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).movedim(2, 4)
+    return x.view(x.shape[0], kv_heads, x.shape[1] // kv_heads, *x.shape[2:]).movedim(2, 4)
+
+
+def most_scores(device: torch.device) -> int:
+    """How many exist at once."""
+    return SCORES_ON_CPU if device.type == "cpu" else SCORES_ON_GPU
 
 
 class BlockedScores:
@@ -99,7 +104,7 @@ class BlockedScores:
 
     def _blocks(self) -> Iterator[Block]:
         """Blocks of about equally many scores: many positions where few keys precede them."""
-        limit = SCORES_ON_CPU if self.device.type == "cpu" else SCORES_ON_GPU
+        limit = most_scores(self.device)
         pairs = max(1, limit // (max(ROWS, self.width) * self.length))
         heads = min(pairs, self.kv_heads)
         batch = min(pairs // heads, self.batch)
