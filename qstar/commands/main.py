@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a model; without arguments, a small built-in one on a built-in task (minutes on a laptop)",
     "generate": "continue prompts, with a thought before every token",
+    "chat": "talk to a trained model",
     "eval": "held-out log-likelihood of a trained model, with and without thoughts",
 }
 USAGE = f"""usage: qstar [-h] [--traceback] {{{",".join(COMMANDS)}}} ...
