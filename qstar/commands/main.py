@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train a model; without arguments, a small built-in one on a built-in task (minutes on a laptop)",
+    "generate": "continue prompts, with a thought before every token",
+    "chat": "talk to a trained model",
     "eval": "held-out log-likelihood of a trained model, with and without thoughts",
 }
 USAGE = f"""usage: qstar [-h] [--traceback] {{{",".join(COMMANDS)}}} ...
@@ -16,7 +18,7 @@ USAGE = f"""usage: qstar [-h] [--traceback] {{{",".join(COMMANDS)}}} ...
 Teach a language model to think before it speaks (Quiet-STaR).
 
 commands:
-{"".join(f"  {name:8}{what}{chr(10)}" for name, what in COMMANDS.items())}
+{"".join(f"  {name:10}{what}{chr(10)}" for name, what in COMMANDS.items())}
 --traceback, before the command, shows where in the code an error arose.
 qstar COMMAND --help tells more.
 """

@@ -32,7 +32,9 @@ from qstar.wrapping import wrap
 
 CACHE = Path(HF_HOME) / "quiet-star"
 REPORT_FILE = "report.json"
+PROBLEMS_FILE = "problems.jsonl"
 PROBLEMS = 500
+WRITTEN_PROBLEMS = 200
 
 REFUSED = (
     *("model", "dataset", "tokenizer", "eval_dataset", "resume_from_checkpoint"),
@@ -76,8 +78,9 @@ def train_embedded(output_dir: str | Path | None = None, **settings: Any) -> Tra
     """Pre-train a small decoder, teach it to think, train a copy plainly beside it, and compare on held-out problems.
 
     Args:
-        output_dir: folder for the model, its metrics, ``report.json``, and ``plain/`` with the copy; by default the
-            first free one of ``runs/quiet-star``, ``runs/quiet-star-2``, ...
+        output_dir: folder for the model, its metrics, ``report.json``, ``problems.jsonl`` with some of the problems for
+            ``qstar generate``, and ``plain/`` with the copy; by default the first free one of ``runs/quiet-star``,
+            ``runs/quiet-star-2``, ...
         settings: changes to ``SIZES`` and ``SETTINGS``: any field of :class:`qstar.config.ThoughtSettings` but
             ``start_init`` and ``end_init``, and of :class:`qstar.QuietStarArguments`.
 
@@ -131,6 +134,8 @@ def train_embedded(output_dir: str | Path | None = None, **settings: Any) -> Tra
     (folder / REPORT_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     chance = f"chance is 1 in {len(asked.choices)}"
     print(f"\n{report_table(scores)}\n\n{PROBLEMS} held-out problems, {chance}; {seconds} s in all")
+    write_problems(folder / PROBLEMS_FILE, problems(WRITTEN_PROBLEMS, args.seed, tokenizer), tokenizer)
+    print(f"try it: qstar generate {folder} --prompts {folder / PROBLEMS_FILE} --max-new-tokens 1")
     return TrainResult(model, tokenizer, {**metrics, "report": report}, folder)
 
 
@@ -152,6 +157,15 @@ def training_rows(tokenizer: PreTrainedTokenizerBase, args: QuietStarArguments) 
     shortest = min(len(tokenizer(text)["input_ids"]) + 1 for text in documents(100, args.seed))
     texts = documents(rows * args.seq_length // shortest + 1, args.seed + 1)
     return pack(Dataset.from_dict({args.text_column: texts}), tokenizer, args.seq_length, args.text_column)
+
+
+def write_problems(path: Path, asked: Problems, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write problems as lines of JSON with ``prompt`` and ``answer``."""
+    rows = (
+        {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(answer)}
+        for prompt, answer in zip(asked.prompts, asked.answers, strict=True)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def score(model: QuietStarModel, asked: Problems, *, thinking: bool, thoughts: Tensor | None = None) -> Score:

@@ -35,7 +35,7 @@ FLOORS = (  # of qstar/, from the ground up: a file imports from its own room, o
     ("talking", "experimental"),
     ("learning", "compatibility", "generation"),
     ("classes",),
-    ("wrapping", "evaluation"),
+    ("wrapping", "evaluation", "prompting"),
     ("training",),
     ("embedded",),
     ("commands",),

@@ -15,7 +15,7 @@ from qstar import load, reference, train_embedded, wrap
 from qstar.commands.main import main
 from qstar.embedded import run
 from qstar.embedded.pretrain import PretrainSettings, pretrained_model
-from qstar.embedded.task import EQUALS, WORKING, build_tokenizer, problems
+from qstar.embedded.task import EQUALS, WORKING, build_tokenizer, problems, split_of
 
 TINY = PretrainSettings(
     width=16, layers=1, heads=2, key_value_heads=1, intermediate=16, batch_size=16, max_steps=30, tried=8
@@ -117,12 +117,46 @@ def test_the_run_leaves_what_it_says(finished):
     assert (report["problems"], report["steps"], report["seed"]) == (PROBLEMS, 3, SEED)
     control = [json.loads(line) for line in (folder / "plain" / "metrics.jsonl").read_text().splitlines()]
     assert control[-1]["step"] == 3, "as many steps of plain training"
-    assert printed.splitlines()[-1] == f"saved in {folder}"
+    tried, saved = printed.splitlines()[-2:]
+    assert tried == f"try it: qstar generate {folder} --prompts {folder / 'problems.jsonl'} --max-new-tokens 1"
+    assert saved == f"saved in {folder}"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "thoughts" in record] == [0, 2]
     assert json.loads((folder / "training_args.json").read_text())["max_steps"] == 3
     model, _ = load(folder)
     assert (model.qstar.thought_tokens, model.qstar.rationales, model.qstar.start_init) == (3, 2, WORKING)
+
+
+def test_the_run_leaves_held_out_problems_with_their_answers(finished):
+    """Those that the report begins with, and more of the same test split."""
+    folder, _, _ = finished
+    rows = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    assert len(rows) == 200
+    for row in rows:
+        question, *digits, equals = row["prompt"].split(" ")
+        assert set(row) == {"prompt", "answer"} and (question, len(digits), equals) == ("Q", 5, "=")
+        assert row["answer"] == str(sum(map(int, digits)) % 10)
+        assert split_of(tuple(map(int, digits))) == "test"
+    assert len({row["prompt"] for row in rows}) > 190
+    tokenizer, asked = build_tokenizer(), problems(PROBLEMS, SEED, build_tokenizer())
+    assert tokenizer([row["prompt"] for row in rows[:PROBLEMS]])["input_ids"] == asked.prompts
+
+
+def test_the_problems_it_leaves_are_answered_as_its_last_line_says(finished, capsys):
+    """With as many right as plain passes find."""
+    folder, _, _ = finished
+    command = ["generate", str(folder), "--prompts", str(folder / "problems.jsonl"), "--max-new-tokens", "1"]
+    assert main(command) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    model, tokenizer = load(folder)
+    model.set_attn_implementation("eager")
+    right = 0
+    for row in map(json.loads, (folder / "problems.jsonl").read_text().splitlines()):
+        prompt = torch.tensor(tokenizer(row["prompt"])["input_ids"])
+        words = torch.arange(len(tokenizer) - 2)  # all but the two of thoughts
+        log_probs = answer_log_probs(model, prompt, words, greedy_thought(model, prompt))
+        right += int(words[log_probs.argmax()]) == tokenizer.convert_tokens_to_ids(row["answer"])
+    assert last == f"accuracy {right / 200:.1%} ({right} of 200)"
 
 
 def test_the_control_learns_from_the_text_alone(finished):
