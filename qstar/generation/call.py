@@ -21,7 +21,7 @@ from qstar.generation.drafts import (
     Guessing,
 )
 from qstar.generation.output import Output, ThinkingBeamOutput, ThinkingOutput, ThinkingReport, with_thoughts
-from qstar.generation.refusals import asked_for, check_asked, check_assistant, check_drafts
+from qstar.generation.refusals import asked_for, check_asked, check_assistant, check_drafts, check_room
 from qstar.generation.settings import MOST_DRAFTS, GenerationSettings
 from qstar.generation.thoughts import Reader
 from qstar.model import QuietStarModel
@@ -69,7 +69,7 @@ class Call:
         if beams > 1 and hasattr(model, "_reorder_cache"):
             raise ValueError(f"num_beams is {beams}, but {type(model).__name__} reorders a cache of its own kind")
         self.config, self.prompt_length = config, prompt_length
-        self._check_length(int(config.max_length), prompt_length)
+        check_room(model, self.cache.thought_tokens, prompt_length, int(config.max_length))
         reader = Reader(
             model,
             thought_tokens=self.cache.thought_tokens,
@@ -86,13 +86,6 @@ class Call:
             guessing=self._guessing(beams, processors),
             listener=getattr(self._streamer, "put_thoughts", None),
         )
-
-    def _check_length(self, max_length: int, prompt_length: int) -> None:
-        """The last thought stands behind the last token but one."""
-        further = self.cache.thought_tokens + 2
-        last = max(max_length - 1, prompt_length)
-        self.model.check_length(last, further)
-        self.model.check_rotary_factors(torch.arange(prompt_length)[None], last - prompt_length + further)
 
     def _guessing(self, beams: int, processors: LogitsProcessorList) -> Guessing | None:
         if check_drafts(self.settings, self._guesses | dict(synced_gpus=self._synced), beams) is not None:
@@ -141,9 +134,14 @@ class Call:
             accepted=0 if guessing is None else guessing.lengths.accepted,
         )
         if not self.output_thoughts:
-            return with_thoughts(output, None, None, report)
-        thoughts = thoughts.masked_fill(~valid[..., None], self.model.qstar.end_token_id)
-        return with_thoughts(output, thoughts, weights.masked_fill(~valid, 0), report)
+            return with_thoughts(output, report)
+        return with_thoughts(
+            output,
+            report,
+            thoughts=thoughts.masked_fill(~valid[..., None], self.model.qstar.end_token_id),
+            thought_weights=weights.masked_fill(~valid, 0),
+            thought_at=where & valid,
+        )
 
     def _in_order(self, output: Output) -> list[Tensor]:
         """Thoughts, weights and where thought was, ``[B, L, ...]``, of the sequences that are returned."""

@@ -78,7 +78,7 @@ class GeneratingModel(QuietStarModel):
             kwargs["inputs"] = inputs
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        if not (self._has_learned_to_think() if think is None else think):
+        if not (self.has_learned_to_think if think is None else think):
             check_without_thoughts(settings, output_thoughts, kwargs)
             return super().generate(**kwargs)
         call = Call(self, settings, output_thoughts, kwargs)
@@ -97,14 +97,16 @@ class GeneratingModel(QuietStarModel):
         Raises:
             ValueError: the model has learned to think, which it could not do there.
         """
-        if self._has_learned_to_think():
+        if self.has_learned_to_think:
             raise ValueError(
                 "continuous batching makes no thoughts, and this model has learned to think: give generate() a batch, "
                 "or load the folder with AutoModelForCausalLM to have the model without thoughts"
             )
         return super().init_continuous_batching(*args, **kwargs)
 
-    def _has_learned_to_think(self) -> bool:
+    @property
+    def has_learned_to_think(self) -> bool:
+        """Whether the mixing head has been trained: its last layer begins at zero."""
         return bool(self.qstar_mixing_head.output.weight.any())
 
     def _prepare_cache_for_generation(

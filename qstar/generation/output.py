@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
@@ -41,11 +42,13 @@ class ThinkingOutput(GenerateDecoderOnlyOutput):
     Attributes:
         thoughts: before each generated token, ``[B, L, K]`` int64; the end token in all places where there was none.
         thought_weights: of each thought in the mix, ``[B, L]``; 0 where there was none.
+        thought_at: where there was one, ``[B, L]`` boolean.
         thinking: what it took.
     """
 
     thoughts: Tensor | None = None
     thought_weights: Tensor | None = None
+    thought_at: Tensor | None = None
     thinking: ThinkingReport | None = None
 
 
@@ -55,13 +58,12 @@ class ThinkingBeamOutput(GenerateBeamDecoderOnlyOutput):
 
     thoughts: Tensor | None = None
     thought_weights: Tensor | None = None
+    thought_at: Tensor | None = None
     thinking: ThinkingReport | None = None
 
 
-def with_thoughts(
-    output: Output, thoughts: Tensor | None, weights: Tensor | None, report: ThinkingReport
-) -> ThinkingOutput | ThinkingBeamOutput:
-    """``output`` of transformers' ``generate`` with what was thought."""
+def with_thoughts(output: Output, report: ThinkingReport, **thoughts: Any) -> ThinkingOutput | ThinkingBeamOutput:
+    """``output`` of transformers' ``generate`` with what was thought, by the names of :class:`ThinkingOutput`."""
     kind = ThinkingBeamOutput if isinstance(output, GenerateBeamDecoderOnlyOutput) else ThinkingOutput
     given = {each.name: getattr(output, each.name) for each in fields(output)}
-    return kind(**given, thoughts=thoughts, thought_weights=weights, thinking=report)
+    return kind(**given, **thoughts, thinking=report)

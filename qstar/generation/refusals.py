@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from qstar.generation.cache import ThinkingCache
 from qstar.generation.settings import GenerationSettings
+from qstar.model import QuietStarModel
 
 # What has another effect than none, with the values that have none, and why it is refused.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -108,6 +110,23 @@ def check_past(past: object, inputs: Tensor | None) -> None:
             f"inputs has {inputs.shape[1]} tokens, but they must begin with the {read.shape[1]} that past_key_values "
             "holds, and go on"
         )
+
+
+def check_room(model: QuietStarModel, thought_tokens: int, prompt_length: int, max_length: int) -> None:
+    """Refuse a text that would outgrow what the model knows: the last thought stands behind the last token but one.
+
+    Args:
+        model: the model.
+        thought_tokens: K.
+        prompt_length: tokens of the prompt.
+        max_length: of the prompt and what is generated.
+
+    Raises:
+        ValueError: there are too few positions, or LongRoPE changes its rotary factors on the way.
+    """
+    last, further = max(max_length - 1, prompt_length), thought_tokens + 2
+    model.check_length(last, further)
+    model.check_rotary_factors(torch.arange(prompt_length)[None], last - prompt_length + further)
 
 
 def check_drafts(settings: GenerationSettings, arguments: dict[str, Any], beams: int) -> str | None:

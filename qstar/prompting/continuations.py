@@ -16,7 +16,7 @@ from qstar.generation.output import ThinkingReport
 from qstar.generation.refusals import check_without_thoughts
 from qstar.generation.settings import GenerationSettings
 from qstar.generation.streaming import ThoughtStreamer
-from qstar.prompting.prompts import Prompt, check_room, padded, prompt_tokens
+from qstar.prompting.prompts import Prompt, check_length, padded, prompt_tokens
 from qstar.prompting.settings import SearchSettings, padding_token
 
 
@@ -110,7 +110,7 @@ class Continuations:
         rows = prompt_tokens(self.tokenizer, prompts)
         for number, row in enumerate(rows, 1):
             try:
-                check_room(self.model, self.settings, len(row), self.search.max_new_tokens)
+                check_length(self.model, self.settings, len(row), self.search.max_new_tokens)
             except ValueError as error:
                 raise ValueError(f"prompt {number}: {error}") from None
         self.search.set_seed(self.model.generation_config)
@@ -138,13 +138,14 @@ class Continuations:
         for number, row in enumerate(said):
             thoughts = None
             if self.show_thoughts:
-                thoughts = (output.thoughts[number].cpu(), output.thought_weights[number].cpu())
+                kinds = (output.thoughts, output.thought_weights, output.thought_at)
+                thoughts = [each[number].cpu() for each in kinds]
             yield self._continuation(prompts[number // returned], rows[number // returned], row, thoughts)
 
     def _continuation(
-        self, prompt: Prompt, row: list[int], said: Tensor, thoughts: tuple[Tensor, Tensor] | None
+        self, prompt: Prompt, row: list[int], said: Tensor, thoughts: list[Tensor] | None
     ) -> Continuation:
-        """From tokens ``[L]``, and thoughts ``[L, K]`` with weights ``[L]``, without what fills a row after its end."""
+        """From tokens ``[L]`` and thoughts, weights and where there were any, ``[L, ...]``, up to the end of the row."""
         eos = self.model.generation_config.eos_token_id
         ends = eos if isinstance(eos, list) else [eos]
         pieces: list[str] = []
@@ -153,8 +154,7 @@ class Continuations:
         records: list[dict[str, Any] | None] = []
         for place, token in enumerate(said):
             if thoughts is not None:
-                thought, weight = thoughts[0][place], thoughts[1][place]
-                thought_at = (thought != self.model.qstar.end_token_id).any()
+                thought, weight, thought_at = (each[place] for each in thoughts)
                 streamer.put_thoughts(thought[None], weight[None], thought_at[None])
                 records.append(
                     {"text": self.tokenizer.decode(thought), "weight": float(weight)} if thought_at else None

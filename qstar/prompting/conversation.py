@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from qstar.classes import ThinkingModel
 from qstar.generation.settings import GenerationSettings
 from qstar.generation.streaming import ThoughtStreamer
-from qstar.prompting.prompts import check_room
+from qstar.prompting.prompts import check_length
 from qstar.prompting.settings import ChatSettings
 
 
@@ -82,7 +82,7 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self._written(messages)
-        check_room(self.model, self._thinking, tokens.shape[1], self.decoding.max_new_tokens)
+        check_length(self.model, self._thinking, tokens.shape[1], self.decoding.max_new_tokens)
         past = self._past if self._goes_on(tokens) else None
         known = 0 if past is None else past.get_seq_length()
         self._forget()  # generating changes the cache, which would be of no use after an interruption

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qstar.data.files import decoded_lines, json_rows
 from qstar.generation.model import GeneratingModel
+from qstar.generation.refusals import check_room
 from qstar.generation.settings import GenerationSettings
 
 PROMPT, ANSWER = "prompt", "answer"  # columns
@@ -113,11 +114,13 @@ def padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
-def check_room(model: GeneratingModel, settings: GenerationSettings, length: int, max_new_tokens: int) -> None:
+def check_length(model: GeneratingModel, settings: GenerationSettings, length: int, max_new_tokens: int) -> None:
     """Raise ValueError where a prompt of ``length`` tokens and what follows outgrow the positions the model knows."""
-    think = model._has_learned_to_think() if settings.think is None else settings.think
-    thought = (settings.thought_tokens or model.qstar.thought_tokens) + 2
     try:
-        model.check_length(length + max_new_tokens - 1, thought if think else 0)
+        if model.has_learned_to_think if settings.think is None else settings.think:
+            thought_tokens = settings.thought_tokens or model.qstar.thought_tokens
+            check_room(model, thought_tokens, length, length + max_new_tokens)
+        else:
+            model.check_length(length + max_new_tokens - 1, 0)
     except ValueError as error:
         raise ValueError(f"{length} tokens are given and max_new_tokens is {max_new_tokens}, but {error}") from None

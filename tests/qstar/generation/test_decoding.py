@@ -233,6 +233,7 @@ def test_a_row_that_ends_is_filled_and_its_fillings_have_no_thoughts(drafts):
         assert torch.equal(said[row, :end], free.sequences[row, 6 : 6 + end][: said.shape[1]])
         assert (said[row, end:] == 0).all()
         assert (output.thoughts[row, end:] == model.qstar.end_token_id).all()
+        assert output.thought_at[row, :end].all() and not output.thought_at[row, end:].any()
         assert (output.thought_weights[row, end:] == 0).all() and (output.thought_weights[row, :end] != 0).all()
         counted += min(end, said.shape[1])
     assert counted < said.numel()
@@ -300,7 +301,7 @@ def test_what_it_returns_without_being_asked_for_more():
     tokens = tiny.text(2, 6)
     output = model.generate(tokens, max_new_tokens=4, return_dict_in_generate=True, output_scores=True)
     assert isinstance(output, ThinkingOutput)
-    assert output.thoughts is None and output.thought_weights is None
+    assert output.thoughts is None and output.thought_weights is None and output.thought_at is None
     assert output.thinking.tokens == 8 and len(output.scores) == 4
     assert torch.equal(model.generate(tokens, max_new_tokens=4), output.sequences)
 
@@ -316,10 +317,12 @@ def test_it_takes_what_a_tokenizer_gives_and_prompts_by_name():
 
 def test_a_model_thinks_by_default_once_its_mixing_head_has_been_trained():
     model = opinionated("llama")
+    assert model.has_learned_to_think
     asked = dict(max_new_tokens=2, return_dict_in_generate=True)
     assert isinstance(model.generate(tiny.text(1, 6), **asked), ThinkingOutput)
     with torch.no_grad():
         model.qstar_mixing_head.output.weight.zero_()
+    assert not model.has_learned_to_think
     assert not isinstance(model.generate(tiny.text(1, 6), **asked), ThinkingOutput)
     assert isinstance(model.generate(tiny.text(1, 6), think=True, **asked), ThinkingOutput)
 

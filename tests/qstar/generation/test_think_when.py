@@ -42,6 +42,7 @@ def test_each_token_comes_from_the_prediction_that_the_rule_says(rule, drafts):
     expected = torch.where(where[..., None], talk, base)
     torch.testing.assert_close(output.logits.log_softmax(-1), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(output.thought_weights, torch.where(where, weight, 0), rtol=1e-3, atol=1e-4)
+    assert torch.equal(output.thought_at, where)
     assert (output.thoughts[~where] == model.qstar.end_token_id).all()
     assert not (output.thoughts[where] == model.qstar.end_token_id).any()
     assert output.thinking.thought_share == pytest.approx(float(where.float().mean()))
