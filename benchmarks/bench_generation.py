@@ -1,8 +1,8 @@
 """A generated token with a thought before it: beside the base model's, and beside re-reading the text as others do.
 
 The model is a Llama of 8 layers as those of SmolLM2-135M, random, and its mixing head is scaled so that about nine of
-ten guesses are right. Contenders generate the same number of tokens from the same prompt, in turn; what a prompt and its
-first token take is measured beside it and taken off.
+ten guesses are right. Contenders generate the same number of tokens from the same prompt, in turn; what a prompt and
+its first token take is measured beside it and taken off.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from qstar.grid import Text
 from qstar.talking import read_grid
 from qstar.wrapping import attach
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS, THOUGHTS, BATCHES = (128, 512, 2048), (4, 8, 16), (1, 8)
 WEIGHT = 0.0025  # of the mixing head: about nine of ten guesses are right
 VOCABULARY = 4096
@@ -52,12 +53,13 @@ def make_model() -> ThinkingModel:
         model.qstar_start.normal_(0, 0.05)
         model.qstar_end.normal_(0, 0.05)
         model.qstar_mixing_head.output.weight.normal_(0, WEIGHT)
-    return model
+    return model.to(DEVICE)
 
 
 def prompts(batch: int, length: int) -> Tensor:
     """Random text, ``[B, N]``."""
-    return torch.randint(VOCABULARY - 2, (batch, length), generator=torch.Generator().manual_seed(length))
+    text = torch.randint(VOCABULARY - 2, (batch, length), generator=torch.Generator().manual_seed(length))
+    return text.to(DEVICE)
 
 
 def continue_text(model: ThinkingModel, text: Tensor, tokens: int, **options):
@@ -88,7 +90,7 @@ def reread(model: ThinkingModel, text: Tensor, tokens: int, thought_tokens: int)
             said = head.logits(states(thought)).argmax(-1, keepdim=True)
             thought = torch.cat([thought, said], dim=1)
         after = states(torch.cat([thought, edge[1]], dim=1))
-        mixed, _ = model.mix(base, after, torch.arange(len(text)))
+        mixed, _ = model.mix(base, after, torch.arange(len(text), device=text.device))
         text = torch.cat([text, head.logits(mixed).argmax(-1, keepdim=True)], dim=1)
     return text
 
@@ -168,7 +170,7 @@ def check_agreement() -> None:
     thoughts = alone.thoughts[:, :1].expand(-1, read.shape[1], -1).clone()
     thoughts[:, -6:] = alone.thoughts
     base, _, after = grid.split(read_grid(model, Text.from_inputs(read), grid, thoughts[:, :, None]))
-    mixed, _ = model.mix(base.flatten(0, 1), after.flatten(0, 3), torch.arange(read.numel()))
+    mixed, _ = model.mix(base.flatten(0, 1), after.flatten(0, 3), torch.arange(read.numel(), device=read.device))
     said = model.language_head().logits(mixed).argmax(-1).view_as(read)
     assert torch.equal(said[:, -6:], alone.sequences[:, -6:])
 

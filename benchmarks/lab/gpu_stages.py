@@ -19,6 +19,7 @@ MOST_WORKERS = 12  # processes that share the tests, since compiling takes most 
 SETTLING = 30  # seconds before a stage is killed from which a benchmark starts nothing new
 TESTS = (
     "gpu/test_on_a_gpu.py",
+    "gpu/test_generation.py",
     "kernels/thought_attention/test_gluon_attention.py",
     "kernels/thought_attention/test_triton_attention.py",
     "kernels/lm_head/test_triton_lm_head.py",

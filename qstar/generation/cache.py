@@ -177,6 +177,12 @@ class ThinkingCache(Cache):
         if self.text is not None:
             self.keys.cut(min(self.keys.text_length, self.text.length))
 
+    def reset(self) -> None:
+        """Forget the text: the next call reads all of it."""
+        self.text = None
+        self.keys = ThoughtCache(rationales=1, rationale_length=self.keys.rationale_length)
+        self.speaking = None
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that have been read, padding included."""
         return 0 if self.text is None else self.text.length

@@ -49,6 +49,7 @@ class Call:
         self._guesses = {name: asked_for(model, arguments, name) for name in FOR_GUESSES}
         self._synced = bool(arguments.get("synced_gpus"))
         self.arguments = {name: value for name, value in arguments.items() if name not in FOR_GUESSES}
+        self.arguments["use_cache"] = True
         if isinstance(config := self.arguments.get("generation_config"), GenerationConfig):
             self.arguments["generation_config"] = config = copy.deepcopy(config)
             config.update(**dict.fromkeys(FOR_GUESSES[1:]))

@@ -85,11 +85,14 @@ class GeneratingModel(QuietStarModel):
         self._qstar_call = call
         try:
             with evaluating(self):
-                output = super().generate(**call.arguments)
-            return call.result(output)
+                output = call.result(super().generate(**call.arguments))
+            call.cache.finish()
+            return output
+        except BaseException:  # a pass that was broken off has left its layers with texts of different lengths
+            call.cache.reset()
+            raise
         finally:
             self._qstar_call = None
-            call.cache.finish()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """That of transformers, without thoughts.

@@ -16,7 +16,6 @@ from qstar.model import QuietStarModel
 # What has another effect than none, with the values that have none, and why it is refused.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "custom_generate": ((None,), "a decoding of its own does not think"),
-    "use_cache": ((None, True), "thoughts need the cache of the text"),
     "inputs_embeds": ((None,), "a thought reads the text by its tokens: give inputs"),
     "position_ids": ((None,), "positions are counted from the attention_mask"),
     "guidance_scale": ((None, 1, 1.0), "it would set a prediction with thoughts against one without"),
@@ -78,8 +77,10 @@ def check_asked(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
         if isinstance(value, Tensor) or value not in harmless:
             shown = "given" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{name} is {shown}, but a model that thinks cannot have it: {why}")
-    given = arguments.get("generation_config") or GenerationConfig()
-    cache = arguments.get("cache_implementation", given.cache_implementation)  # the model's own gives way
+    given = arguments.get("generation_config") or GenerationConfig()  # the model's own gives way in what follows
+    if arguments.get("use_cache", given.use_cache) is False:
+        raise ValueError("use_cache is False, but a model that thinks needs the cache of the text")
+    cache = arguments.get("cache_implementation", given.cache_implementation)
     if cache not in CACHES:
         raise ValueError(
             f"cache_implementation is {cache!r}, but thoughts come and go in a cache of their own, which grows with "

@@ -145,7 +145,7 @@ class Continuations:
     def _continuation(
         self, prompt: Prompt, row: list[int], said: Tensor, thoughts: list[Tensor] | None
     ) -> Continuation:
-        """From tokens ``[L]`` and thoughts, weights and where there were any, ``[L, ...]``, up to the end of the row."""
+        """From tokens ``[L]`` and thoughts, weights and where there were any, ``[L, ...]``, up to the row's end."""
         eos = self.model.generation_config.eos_token_id
         ends = eos if isinstance(eos, list) else [eos]
         pieces: list[str] = []

@@ -63,6 +63,6 @@ def packed_log_probs(
     states = read_grid(model, Text.from_inputs(tokens, mask), grid, everywhere[:, :, None])
     base, _, after = grid.split(states)
     base, after = base[:, -said:].flatten(0, 1), after[:, -said:].flatten(0, 3)
-    mixed, weight = model.mix(base, after, torch.arange(len(base)))
+    mixed, weight = model.mix(base, after, torch.arange(len(base), device=base.device))
     logits = model.language_head().logits(mixed)
     return logits.log_softmax(-1).unflatten(0, (-1, said)), weight.view(-1, said)

@@ -165,11 +165,32 @@ def test_a_cache_that_does_not_fit_is_refused():
         cache.update(torch.zeros(1), torch.zeros(1), 0)
 
 
-def test_a_static_cache_that_a_published_config_asks_for_gives_way():
+@pytest.mark.parametrize("name, value", [("cache_implementation", "static"), ("use_cache", False)])
+def test_what_a_published_config_says_of_the_cache_gives_way(name, value):
     model = opinionated("llama")
     expected = model.generate(PROMPT, max_new_tokens=4)
-    model.generation_config.cache_implementation = "static"
+    setattr(model.generation_config, name, value)
     assert torch.equal(model.generate(PROMPT, max_new_tokens=4), expected)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_cache_whose_generation_was_broken_off_reads_its_text_afresh(layer):
+    model = opinionated("llama")
+    first = generate(model, PROMPT, max_new_tokens=4)
+    longer = torch.cat([first.sequences, PROMPT], dim=1)
+    expected = generate(model, longer)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[layer].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, longer, past_key_values=first.past_key_values)
+    hook.remove()
+    assert first.past_key_values.get_seq_length() == 0
+    output = generate(model, longer, past_key_values=first.past_key_values)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert torch.equal(output.thoughts, expected.thoughts)
 
 
 def test_a_text_may_grow_to_the_last_position_that_the_model_knows():
