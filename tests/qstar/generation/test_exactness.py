@@ -7,7 +7,8 @@ import tiny
 import torch
 from spoken import generate, opinionated, packed_log_probs, padded
 
-FAMILIES = sorted(tiny.FAMILIES)
+EVERYDAY = ("deepseek_v3", "gemma2", "gpt2", "gpt_oss", "llama", "mistral")
+FAMILIES = [pytest.param(name, marks=[] if name in EVERYDAY else pytest.mark.slow) for name in sorted(tiny.FAMILIES)]
 
 
 def check_against_packed_pass(model, tokens, mask, tolerance: float, **options):

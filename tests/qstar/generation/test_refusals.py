@@ -32,7 +32,7 @@ CANNOT_BE_RIGHT = {
         dict(past_key_values=DynamicCache()),
         "past_key_values is a DynamicCache, but it must be what an",
     ),
-    "no cache": (dict(use_cache=False), "use_cache is False, but .*: thoughts need the cache of the text"),
+    "no cache": (dict(use_cache=False), "use_cache is False, but a model that thinks needs the cache"),
     "a decoding of one's own": (
         dict(custom_generate=print),
         "custom_generate is <built-in function print>, but a model",
