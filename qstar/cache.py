@@ -7,6 +7,7 @@ would put into a cache of transformers: compressed keys, keys of several layers,
 
 from __future__ import annotations
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -139,7 +140,8 @@ class CachedLayer:
         """Put text ``[B, Hkv, n, D]`` behind what is there; the first is kept as it is, without a copy.
 
         Raises:
-            ValueError: there are thoughts, which belong to the positions that were the last.
+            ValueError: there are thoughts, which belong to the positions that were the last; what is there has another
+                dtype.
         """
         if self.thought_keys is not None:
             raise ValueError(
@@ -149,7 +151,13 @@ class CachedLayer:
         if self._room is None:
             self._room = keys, values
         else:
-            if held > self._room[0].shape[2]:
+            if keys.dtype != self._room[0].dtype:
+                raise ValueError(
+                    f"the cache holds keys of {self._room[0].dtype}, but is given {keys.dtype}: the model has been "
+                    "converted since, or autocast was on or off; read the text afresh"
+                )
+            frozen = self._room[0].is_inference() and not torch.is_inference_mode_enabled()
+            if frozen or held > self._room[0].shape[2]:
                 self._room = roomier(self._room[0], self._held, held), roomier(self._room[1], self._held, held)
             for room, new in zip(self._room, (keys, values), strict=True):
                 room[:, :, self._held : held] = new

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -204,12 +205,12 @@ def attend(
     return layout.attend(query, key, value, layer, scale=scaling, softcap=softcap, sinks=sinks).contiguous()
 
 
-@dataclass
-class _Open:
+class _Open(threading.local):
+    """The layout of each thread's pass. The backward needs none: its layers were handed theirs as an argument."""
+
     layout: Layout | None = None
 
 
-# A module-level slot and not a ContextVar: the backward's recomputation and its threads must see the same one.
 _open = _Open()
 
 

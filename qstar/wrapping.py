@@ -104,10 +104,13 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[ThinkingModel, PreTrainedTo
 
     Raises:
         FileNotFoundError: the folder lacks the settings or the mixing head.
-        ValueError: a weight is infinite or NaN.
+        ValueError: a weight is infinite or NaN; the tokenizer cannot be read.
     """
     config = QuietStarConfig.load(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that can be read, but a model needs its own: {error}") from error
     for name in ("start_token", "end_token"):  # by their ids: a folder of an earlier version does not name them
         setattr(config, name, tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")))
     plain = AutoModelForCausalLM.from_pretrained(folder, **({"trust_remote_code": False} | kwargs))

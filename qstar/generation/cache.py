@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ UNNEEDED = (
     *("past_key_values", "use_cache", "logits_to_keep", "position_ids", "cache_position", "return_dict"),
     "tokenizer",  # of stop strings
 )
+CURES = {"token_type_ids": ": ask the tokenizer for none, return_token_type_ids=False"}
 
 
 @dataclass
@@ -146,7 +148,8 @@ class ThinkingCache(Cache):
             raise ValueError("past_key_values is a ThinkingCache, which model.generate(think=True) reads alone")
         for name, value in rest.items():
             if name not in UNNEEDED and value is not None and value is not False and value != {}:
-                raise ValueError(f"{name} is given, but generating with thoughts does not know it")
+                cure = CURES.get(name, "")
+                raise ValueError(f"{name} is given, but generating with thoughts does not know it{cure}")
         speaking = self.speaking
         text = self.text = self._take_in(input_ids, attention_mask, speaking.prompt_length)
         if text.length < speaking.prompt_length:  # a part of a prompt that is read in chunks
@@ -169,19 +172,24 @@ class ThinkingCache(Cache):
             raise ValueError(f"attention_mask hides all of row {int(text.padding.argmax())}: there is no text to go on")
         return text
 
-    def finish(self) -> None:
-        """Forget the guesses, so that the cache can go on into another call."""
-        if self.speaking is not None:
-            self.speaking.look_back(was_wrong=False)
-            self.speaking = None
-        if self.text is not None:
-            self.keys.cut(min(self.keys.text_length, self.text.length))
+    @contextlib.contextmanager
+    def left_usable(self) -> Iterator[None]:
+        """Forget the guesses at the end, so that the cache can go on into another call.
 
-    def reset(self) -> None:
-        """Forget the text: the next call reads all of it."""
-        self.text = None
-        self.keys = ThoughtCache(rationales=1, rationale_length=self.keys.rationale_length)
-        self.speaking = None
+        A pass that was broken off leaves layers with texts of different lengths: then the text is forgotten as well,
+        and the next call reads all of it.
+        """
+        try:
+            yield
+        except BaseException:
+            if self.speaking is not None and self.speaking.reader.passes:
+                self.text = None
+                self.keys = ThoughtCache(rationales=1, rationale_length=self.keys.rationale_length)
+            raise
+        finally:
+            self.speaking = None
+            if self.text is not None:
+                self.keys.cut(min(self.keys.text_length, self.text.length))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that have been read, padding included."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from qstar.generation.cache import Speaking, ThinkingCache
 from qstar.generation.drafts import (
@@ -21,7 +22,14 @@ from qstar.generation.drafts import (
     Guessing,
 )
 from qstar.generation.output import Output, ThinkingBeamOutput, ThinkingOutput, ThinkingReport, with_thoughts
-from qstar.generation.refusals import asked_for, check_asked, check_assistant, check_drafts, check_room
+from qstar.generation.refusals import (
+    asked_for,
+    check_asked,
+    check_assistant,
+    check_drafts,
+    check_processors,
+    check_room,
+)
 from qstar.generation.settings import MOST_DRAFTS, GenerationSettings
 from qstar.generation.thoughts import Reader
 from qstar.model import QuietStarModel
@@ -59,8 +67,16 @@ class Call:
         self.cache = ThinkingCache(thought_tokens) if past is None else past
         self.cache.hold(thought_tokens)
 
-    def begin(self, config: GenerationConfig, prompt_length: int, processors: LogitsProcessorList) -> None:
+    def begin(
+        self, config: GenerationConfig, prompt_length: int, mask: Tensor | None, processors: LogitsProcessorList
+    ) -> None:
         """Take what transformers has prepared, before the first pass.
+
+        Args:
+            config: complete.
+            prompt_length: tokens of the prompt, padding included.
+            mask: of the prompts, ``[B, N]``; None where there is no padding.
+            processors: of the logits.
 
         Raises:
             ValueError: tokens cannot be guessed as was asked; the text would outgrow what the model knows.
@@ -70,7 +86,12 @@ class Call:
         if beams > 1 and hasattr(model, "_reorder_cache"):
             raise ValueError(f"num_beams is {beams}, but {type(model).__name__} reorders a cache of its own kind")
         self.config, self.prompt_length = config, prompt_length
-        check_room(model, self.cache.thought_tokens, prompt_length, int(config.max_length))
+        check_processors(processors)
+        lengths = (prompt_length, prompt_length)
+        if mask is not None:
+            lengths = (int(mask.sum(1).min()), int(mask.sum(1).max()))
+        new_tokens = int(config.max_length) - prompt_length
+        check_room(model, self.cache.thought_tokens, lengths, new_tokens, self._first_pass(lengths[0], prompt_length))
         reader = Reader(
             model,
             thought_tokens=self.cache.thought_tokens,
@@ -87,6 +108,15 @@ class Call:
             guessing=self._guessing(beams, processors),
             listener=getattr(self._streamer, "put_thoughts", None),
         )
+
+    def _first_pass(self, shortest: int, prompt_length: int) -> int:
+        """How many tokens of the shortest prompt are read in one pass, or were for the cache that is gone on from."""
+        padding = prompt_length - shortest
+        if self.cache.text is not None:
+            return self.cache.text.length - padding
+        if self.config.prefill_chunk_size is not None:
+            return min(self.config.prefill_chunk_size, prompt_length) - padding
+        return max(shortest - 1, 1)
 
     def _guessing(self, beams: int, processors: LogitsProcessorList) -> Guessing | None:
         if check_drafts(self.settings, self._guesses | dict(synced_gpus=self._synced), beams) is not None:
@@ -112,7 +142,7 @@ class Call:
 
     def _eos(self) -> Tensor:
         eos = self.config.eos_token_id
-        return torch.tensor([eos] if isinstance(eos, int) else eos or [], dtype=torch.int64, device=self.model.device)
+        return torch.as_tensor([] if eos is None else eos, dtype=torch.int64, device=self.model.device).flatten()
 
     def _pad(self) -> int | None:
         """What transformers fills a row with after its end; None where rows have none."""
@@ -125,7 +155,7 @@ class Call:
             return output
         self.speaking.look_back(was_wrong=False)
         thoughts, weights, where = self._in_order(output)
-        valid = self._valid(output.sequences)
+        valid = self._valid(output)
         guessing = self.speaking.guessing
         report = ThinkingReport(
             tokens=int(valid.sum()),
@@ -155,11 +185,11 @@ class Call:
         step = torch.arange(length, device=beams.device).expand(len(beams), -1)
         return [each[beams[:, :length].clamp(min=0), step] for each in said]
 
-    def _valid(self, sequences: Tensor) -> Tensor:
+    def _valid(self, output: Output) -> Tensor:
         """Which generated tokens belong to their text, ``[B, L]``: not those that fill a row after its end."""
-        said = sequences[:, self.prompt_length :]
+        said = output.sequences[:, self.prompt_length :]
         pad = self._pad()
-        if pad is None:
+        if pad is None or (len(said) == 1 and not isinstance(output, GenerateBeamDecoderOnlyOutput)):
             return torch.ones_like(said, dtype=torch.bool)
         ends = torch.isin(said, self._eos().to(said.device))
         filling = (

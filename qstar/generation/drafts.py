@@ -21,8 +21,10 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 
 from qstar.generation.text import TextSoFar
 from qstar.generation.thoughts import Reader
+from qstar.model import embedding_rows
 
-STATEFUL = ("SynthIDTextWatermarkLogitsProcessor",)  # of transformers' own: a call changes what the next one gives
+# Of transformers' own: a call changes what the next one gives, or runs a function of the user's.
+STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "PrefixConstrainedLogitsProcessor")
 LONGEST_MATCH = 3
 
 
@@ -52,13 +54,16 @@ class Choice:
         """A token for each row, ``[B]``, after ``tokens`` ``[B, N]``, from ``logits`` ``[B, V]``."""
         scores = self.processors(cast(LongTensor, tokens), cast(FloatTensor, logits.to(torch.float32, copy=True)))
         if self.do_sample:
-            token = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+            p = scores.softmax(-1).nan_to_num(1.0)  # where no token is allowed, as may be of an assistant's
+            token = torch.multinomial(p, num_samples=1).squeeze(1)
         else:
             token = scores.argmax(-1)
-        if self.pad is None:
-            return token
-        ended = torch.isin(tokens[:, -1], self.eos) | (tokens[:, -1] == self.pad)
-        return torch.where(ended, self.pad, token)
+        return token if self.pad is None else torch.where(self.ended(tokens), self.pad, token)
+
+    def ended(self, tokens: Tensor) -> Tensor:
+        """Which rows of ``tokens`` ``[B, N]`` have come to their end, ``[B]`` boolean."""
+        last = tokens[:, -1]
+        return torch.isin(last, self.eos) | (last == (-1 if self.pad is None else self.pad))
 
 
 def _is_pure(processor: LogitsProcessor) -> bool:
@@ -109,6 +114,8 @@ class FromModel:
             states.append(reader.read(text))
             logits = reader.head.logits(states[-1][:, -1])
             text = text.followed_by(choice(text.tokens, logits)[:, None])
+            if choice.ended(text.tokens).all():
+                break
         return text.tokens[:, length:], torch.cat(states, dim=1)
 
 
@@ -159,10 +166,17 @@ class FromAssistant:
     def draft(self, reader: Reader, text: TextSoFar, count: int, choice: Choice) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Drafter.draft`."""
         length, vocabulary = text.length, len(reader.head.weight)
+        words = len(embedding_rows(self.assistant))
+        positions = getattr(self.assistant.config.get_text_config(decoder=True), "max_position_embeddings", None)
         for _ in range(count):
+            unknown = bool((text.tokens >= words).any())
+            if unknown or (positions is not None and text.length > positions):
+                break
             logits = self._next(text)[:, :vocabulary].to(text.tokens.device)
             logits = F.pad(logits, (0, vocabulary - logits.shape[1]), value=-torch.inf)
             text = text.followed_by(choice(text.tokens, logits)[:, None])
+            if choice.ended(text.tokens).all():
+                break
         return text.tokens[:, length:], None
 
     def _next(self, text: TextSoFar) -> Tensor:
@@ -202,15 +216,15 @@ class DraftLength:
     """
 
     MEMORY = 0.9  # what a round counts beside the one after it
-    PRIOR = (1.0, 2.0)  # guesses that count as right, and as made, before there are any
-    PATIENCE = 16  # rounds without guesses before one is tried again
+    PRIOR = (1.0, 3.0)  # guesses that count as right, and as made, before there are any
+    PATIENCE = 16  # rounds without guesses at most, before one is tried again: first 1, then 2, 4, ...
 
     def __init__(self, most: int, thought_passes: int, draft_passes: float):
         self.most = most
         self.accepted = self.drafted = 0
         self._costs = [thought_passes + draft_passes * count for count in range(most + 1)]
         self._right, self._made = self.PRIOR
-        self._without = 0
+        self._without, self._wait = 0, 1
 
     def record(self, right: int, all_right: bool) -> None:
         """Of a round's guesses ``right`` were right, and the next was wrong unless that is ``all_right`` of them."""
@@ -225,8 +239,14 @@ class DraftLength:
         for _ in range(self.most):
             tokens.append(1.0 + rate * tokens[-1])
         best = max(range(self.most + 1), key=lambda count: tokens[count] / self._costs[count])
-        self._without = 0 if best or self._without == self.PATIENCE else self._without + 1
-        return best or int(not self._without)
+        if best:
+            self._without, self._wait = 0, 1
+            return best
+        self._without += 1
+        if self._without <= self._wait:
+            return 0
+        self._without, self._wait = 0, min(2 * self._wait, self.PATIENCE)
+        return 1
 
 
 @dataclass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from qstar.generation.call import Call
-from qstar.generation.refusals import check_without_thoughts
+from qstar.generation.refusals import check_without_thoughts, never_saying
 from qstar.generation.settings import GenerationSettings
 from qstar.model import QuietStarModel
 from qstar.thinking import evaluating
@@ -17,8 +20,6 @@ from qstar.thinking import evaluating
 
 class GeneratingModel(QuietStarModel):
     """A model that thinks while it generates."""
-
-    _qstar_call: Call | None = None
 
     @torch.no_grad()
     def generate(
@@ -80,19 +81,11 @@ class GeneratingModel(QuietStarModel):
             kwargs["generation_config"] = generation_config
         if not (self.has_learned_to_think if think is None else think):
             check_without_thoughts(settings, output_thoughts, kwargs)
-            return super().generate(**kwargs)
+            with _under_way(None):
+                return super().generate(**never_saying(self, kwargs))
         call = Call(self, settings, output_thoughts, kwargs)
-        self._qstar_call = call
-        try:
-            with evaluating(self):
-                output = call.result(super().generate(**call.arguments))
-            call.cache.finish()
-            return output
-        except BaseException:  # a pass that was broken off has left its layers with texts of different lengths
-            call.cache.reset()
-            raise
-        finally:
-            self._qstar_call = None
+        with _under_way(call), call.cache.left_usable(), evaluating(self):
+            return call.result(super().generate(**call.arguments))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """That of transformers, without thoughts.
@@ -116,9 +109,10 @@ class GeneratingModel(QuietStarModel):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """transformers asks for a cache here, with its settings prepared."""
-        if self._qstar_call is None:
+        call = self._call()
+        if call is None:
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        model_kwargs["past_key_values"] = self._qstar_call.cache
+        model_kwargs["past_key_values"] = call.cache
         return None
 
     def _get_logits_processor(
@@ -126,6 +120,25 @@ class GeneratingModel(QuietStarModel):
     ) -> LogitsProcessorList:
         """transformers makes its processors here, from which guesses learn how tokens are taken."""
         processors = super()._get_logits_processor(generation_config, input_ids_seq_length, *args, **kwargs)
-        if self._qstar_call is not None:
-            self._qstar_call.begin(generation_config, cast(int, input_ids_seq_length), processors)
+        call = self._call()
+        if call is not None:
+            mask = (kwargs.get("model_kwargs") or {}).get("attention_mask")
+            call.begin(generation_config, cast(int, input_ids_seq_length), mask, processors)
         return processors
+
+    def _call(self) -> Call | None:
+        call = _calls.get()
+        return call if call is not None and call.model is self else None
+
+
+# The call of this thread, and of a call inside another: not of the model, which others may copy or use meanwhile.
+_calls: ContextVar[Call | None] = ContextVar("_calls", default=None)
+
+
+@contextlib.contextmanager
+def _under_way(call: Call | None) -> Iterator[None]:
+    token = _calls.set(call)
+    try:
+        yield
+    finally:
+        _calls.reset(token)

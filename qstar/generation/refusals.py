@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from qstar.generation.cache import ThinkingCache
 from qstar.generation.settings import GenerationSettings
-from qstar.model import QuietStarModel
+from qstar.model import QuietStarModel, long_rope_limit
 
-# What has another effect than none, with the values that have none, and why it is refused.
+# What would have an effect, with the values that have none, and why it is refused.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "custom_generate": ((None,), "a decoding of its own does not think"),
     "inputs_embeds": ((None,), "a thought reads the text by its tokens: give inputs"),
@@ -25,10 +26,17 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beam_groups": ((None, 1), "it is a decoding of its own, which does not think"),
     "penalty_alpha": ((None,), "contrastive search looks into hidden states, which thoughts do not return"),
     "assistant_early_exit": ((None,), "drafts are guesses of the whole model: drafts=N"),
-    "assistant_tokenizer": ((None,), "an assistant_model must have the model's own tokens"),
-    "num_assistant_tokens": ((None,), "the number of guesses is drafts=N"),
-    "num_assistant_tokens_schedule": ((None,), "as many tokens are guessed as pays, drafts at most"),
-    "assistant_confidence_threshold": ((None,), "as many tokens are guessed as pays, drafts at most"),
+    "use_mtp": ((None, False), "drafts are guesses of the whole model: drafts=N"),
+}
+# The same, of arguments alone: a pipeline fills a generation config with some of them, which have no effect there.
+REFUSED_ARGUMENTS: dict[str, str] = {
+    "assistant_tokenizer": "an assistant_model must have the model's own tokens",
+    "num_assistant_tokens": "the number of guesses is drafts=N",
+    "num_assistant_tokens_schedule": "as many tokens are guessed as pays, drafts at most",
+    "assistant_confidence_threshold": "as many tokens are guessed as pays, drafts at most",
+    "assistant_lookbehind": "an assistant_model must have the model's own tokens",
+    "target_lookbehind": "an assistant_model must have the model's own tokens",
+    "negative_prompt_ids": "there is no guidance that they would be for",
 }
 CACHES = (None, "dynamic")
 
@@ -72,8 +80,9 @@ def check_asked(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     Raises:
         ValueError: there is one.
     """
-    for name, (harmless, why) in REFUSED.items():
-        value = asked_for(model, arguments, name)
+    alone = {name: ((None,), why) for name, why in REFUSED_ARGUMENTS.items()}
+    for name, (harmless, why) in (REFUSED | alone).items():
+        value = arguments.get(name) if name in alone else asked_for(model, arguments, name)
         if isinstance(value, Tensor) or value not in harmless:
             shown = "given" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{name} is {shown}, but a model that thinks cannot have it: {why}")
@@ -86,6 +95,13 @@ def check_asked(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
             f"cache_implementation is {cache!r}, but thoughts come and go in a cache of their own, which grows with "
             "the text: leave it out"
         )
+    if model.generation_config.prompt_lookup_num_tokens is not None:
+        raise ValueError(
+            "model.generation_config.prompt_lookup_num_tokens is set, but a model that thinks takes it from a call: "
+            "generate(prompt_lookup_num_tokens=N)"
+        )
+    if arguments.get("max_matching_ngram_size") and not asked_for(model, arguments, "prompt_lookup_num_tokens"):
+        raise ValueError("max_matching_ngram_size is given, but prompt_lookup_num_tokens is not: no text is looked up")
     check_past(arguments.get("past_key_values"), arguments.get("inputs", arguments.get("input_ids")))
 
 
@@ -113,21 +129,54 @@ def check_past(past: object, inputs: Tensor | None) -> None:
         )
 
 
-def check_room(model: QuietStarModel, thought_tokens: int, prompt_length: int, max_length: int) -> None:
-    """Refuse a text that would outgrow what the model knows: the last thought stands behind the last token but one.
+def check_room(
+    model: QuietStarModel, thought_tokens: int, lengths: tuple[int, int], new_tokens: int, first_pass: int | None = None
+) -> None:
+    """Refuse texts that would outgrow what the model knows: the last thought stands behind the last token but one.
 
     Args:
         model: the model.
         thought_tokens: K.
-        prompt_length: tokens of the prompt.
-        max_length: of the prompt and what is generated.
+        lengths: of the shortest and the longest prompt, in tokens that are no padding.
+        new_tokens: generated at most.
+        first_pass: tokens of the shortest prompt that are read first; all but the last by default.
 
     Raises:
-        ValueError: there are too few positions, or LongRoPE changes its rotary factors on the way.
+        ValueError: there are too few positions, or LongRoPE would change its rotary factors between two passes.
     """
-    last, further = max(max_length - 1, prompt_length), thought_tokens + 2
+    shortest, longest = lengths
+    last, further = longest + max(new_tokens - 1, 0), thought_tokens + 2
     model.check_length(last, further)
-    model.check_rotary_factors(torch.arange(prompt_length)[None], last - prompt_length + further)
+    limit = long_rope_limit(model.config.get_text_config(decoder=True))
+    first_pass = max(shortest - 1, 1) if first_pass is None else first_pass
+    if limit is not None and first_pass <= limit < last + further:
+        raise ValueError(
+            f"texts of {shortest} to {last} tokens, of which {first_pass} are read first, and {further} of a thought "
+            f"cross original_max_position_embeddings = {limit}, where {type(model).__name__} changes its rotary "
+            f"factors: stay at or below it, or begin with prompts that are longer"
+        )
+
+
+def check_processors(processors: Sequence[LogitsProcessor]) -> None:
+    """Refuse a processor that asks the model for predictions without thoughts.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for each in processors:
+        if isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+            raise ValueError(
+                f"logits_processor holds a {type(each).__name__}, but it would set a prediction with thoughts against "
+                "one without"
+            )
+
+
+def never_saying(model: QuietStarModel, arguments: dict[str, Any]) -> dict[str, Any]:
+    """``arguments`` of ``generate`` without thoughts, so that it says no token of a thought either."""
+    given = arguments.get("suppress_tokens")
+    if given is None:
+        return arguments
+    return arguments | {"suppress_tokens": sorted({*given, model.qstar.start_token_id, model.qstar.end_token_id})}
 
 
 def check_drafts(settings: GenerationSettings, arguments: dict[str, Any], beams: int) -> str | None:

@@ -119,7 +119,7 @@ def check_length(model: GeneratingModel, settings: GenerationSettings, length: i
     try:
         if model.has_learned_to_think if settings.think is None else settings.think:
             thought_tokens = settings.thought_tokens or model.qstar.thought_tokens
-            check_room(model, thought_tokens, length, length + max_new_tokens)
+            check_room(model, thought_tokens, (length, length), max_new_tokens)
         else:
             model.check_length(length + max_new_tokens - 1, 0)
     except ValueError as error:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from spoken import generate, opinionated
-from transformers import DynamicCache, GenerationConfig
+from spoken import generate, opinionated, packed_log_probs, padded
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from qstar.generation.settings import GenerationSettings
 
@@ -87,7 +88,15 @@ CANNOT_BE_RIGHT = {
         "attention_mask has a 0 behind text in row 0, but padding",
     ),
     "nothing to go on from": (dict(attention_mask=mask("111111", "000000")), "attention_mask hides all of row 1"),
-    "token types": (dict(token_type_ids=PROMPT), "token_type_ids"),
+    "a size of look-ups without them": (
+        dict(max_matching_ngram_size=2),
+        "max_matching_ngram_size is given, but prompt_l",
+    ),
+    "a prompt to move away from": (dict(negative_prompt_ids=PROMPT), "negative_prompt_ids is given, .*: there is no"),
+    "guidance by a processor": (
+        dict(logits_processor=LogitsProcessorList([UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, MODEL)])),
+        "logits_processor holds a UnbatchedClassifierFreeGuidanceLogitsProcessor, but it would set a prediction with",
+    ),
     "a text that outgrows the model": (
         dict(max_new_tokens=119),
         "124 text tokens and 5 tokens of a thought make more than the model's max_position_embeddings = 128",
@@ -206,8 +215,25 @@ def test_rotary_factors_that_change_on_the_way_are_refused():
     model = opinionated("phi3", changes=tiny.LONG_ROPE)
     with pytest.raises(ValueError, match="cross original_max_position_embeddings = 16"):
         generate(model, PROMPT, max_new_tokens=8)
-    assert generate(model, PROMPT, max_new_tokens=4).sequences.shape == (2, 10)
-    assert generate(model, tiny.text(2, 20), max_new_tokens=4).sequences.shape == (2, 24)
+    crosses = "cross original_max_position_embeddings = 16"
+    tokens, mask = tiny.text(2, 20), torch.ones(2, 20, dtype=torch.int64)
+    mask[1, :8] = 0
+    refused = {
+        "a short row beside a long one": dict(inputs=tokens, attention_mask=mask, max_new_tokens=4),
+        "a first pass up to the limit": dict(inputs=tiny.text(2, 17), max_new_tokens=4),
+        "a prompt in chunks": dict(inputs=tiny.text(2, 30), prefill_chunk_size=8, max_new_tokens=4),
+    }
+    for options in refused.values():
+        with pytest.raises(ValueError, match=crosses):
+            model.generate(**options)
+    short = generate(model, PROMPT, max_new_tokens=4)
+    with pytest.raises(ValueError, match=crosses):
+        longer = torch.cat([short.sequences, tiny.text(2, 12)], dim=1)
+        model.generate(longer, past_key_values=short.past_key_values, max_new_tokens=4)
+    for tokens, mask in ((PROMPT, None), (tiny.text(2, 20), None), padded(2, 20)):
+        output = generate(model, tokens, mask, max_new_tokens=4)
+        expected, _ = packed_log_probs(model, output, mask)
+        torch.testing.assert_close(output.logits.log_softmax(-1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_another_attention_is_refused():
@@ -220,3 +246,61 @@ def test_another_attention_is_refused():
 def test_continuous_batching_is_refused():
     with pytest.raises(ValueError, match="continuous batching makes no thoughts, and this model has learned to think"):
         MODEL.generate_batch([[5, 6, 7]])
+
+
+def test_a_model_with_a_cache_of_its_own_kind_has_no_beams():
+    model = opinionated("llama")
+    model._reorder_cache = lambda *_: None
+    with pytest.raises(ValueError, match="num_beams is 2, but LlamaForCausalLM reorders a cache of its own kind"):
+        model.generate(PROMPT, num_beams=2)
+
+
+def test_an_assistant_that_cannot_take_a_token_back_is_refused():
+    assistant = tiny.plain_model("gpt2")
+    assistant._is_stateful = True
+    with pytest.raises(ValueError, match="assistant_model is a GPT2LMHeadModel, which cannot take back a token"):
+        MODEL.generate(PROMPT, assistant_model=assistant)
+
+
+def test_looking_up_the_prompt_is_for_a_call_to_ask():
+    model = opinionated("llama")
+    model.generation_config.prompt_lookup_num_tokens = 3
+    with pytest.raises(ValueError, match=r"model.generation_config.prompt_lookup_num_tokens is set, .* from a call"):
+        model.generate(PROMPT)
+
+
+def test_without_thoughts_no_token_of_one_is_said():
+    model = opinionated("llama")
+    tokens = model.qstar.start_token_id, model.qstar.end_token_id
+    bias = [[[token], 100.0] for token in tokens]
+    said = model.generate(PROMPT, think=False, suppress_tokens=[5], sequence_bias=bias, max_new_tokens=6)
+    assert not torch.isin(said, torch.tensor([5, *tokens])[1:]).any() and not (said[:, 6:] == 5).any()
+
+
+def test_the_end_may_be_given_as_a_tensor_or_a_list_and_padding_left_to_it():
+    model = opinionated("llama")
+    model.generation_config.pad_token_id = None
+    free = generate(model, PROMPT, max_new_tokens=12).sequences
+    eos = int(free[0, 8])
+    outputs = [
+        generate(model, PROMPT, max_new_tokens=12, eos_token_id=given, drafts=4)
+        for given in (eos, [eos], torch.tensor([eos]))
+    ]
+    assert all(torch.equal(output.sequences, outputs[0].sequences) for output in outputs)
+    rows = [(row == eos).nonzero().flatten().tolist() for row in free[:, 6:]]
+    ends = [row[0] + 1 if row else outputs[0].sequences.shape[1] - 6 for row in rows]
+    assert outputs[0].thought_at.sum(1).tolist() == ends
+
+
+def test_padding_that_all_rows_share_takes_no_position():
+    model = opinionated("llama")
+    tokens = torch.cat([torch.zeros(1, 90, dtype=torch.int64), tiny.text(1, 10)], dim=1)
+    mask = (torch.arange(100) >= 90).long()[None]
+    output = generate(model, tokens, mask, max_new_tokens=40)
+    assert torch.equal(output.sequences[:, 90:], generate(model, tokens[:, 90:], max_new_tokens=40).sequences)
+
+
+def test_token_types_are_refused_with_the_way_to_do_without():
+    model = opinionated("gpt2")
+    with pytest.raises(ValueError, match=r"token_type_ids is given, .*return_token_type_ids=False"):
+        model.generate(PROMPT, token_type_ids=PROMPT)
