@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="qstar generate",
         usage="qstar generate FOLDER [--prompt TEXT ... | --prompts FILE] [--SETTING VALUE ...]",
         description="What a trained model says to prompts. One prompt's continuation is shown alone, as it is made; "
-        "several are continued in batches, and shown behind their prompts. Without --prompt and --prompts, each line of "
-        "the standard input is a prompt.",
+        "several are continued in batches, and shown behind their prompts. Without --prompt and --prompts, each line "
+        "of the standard input is a prompt.",
     )
     parser.add_argument("folder", type=Path, help="What `qstar train` wrote.")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="A text to continue; may be repeated.")
