@@ -70,8 +70,11 @@ def row_uniforms(
     if isinstance(rows, Tensor):
         device = rows.device
     on_cpu = device is None or device.type == "cpu"
-    if on_cpu and 0 < len(rows) <= FEW_ROWS and not torch.compiler.is_compiling():  # which follows tensors only
-        return few_row_uniforms(int(seed), int(step), rows if isinstance(rows, range) else rows.tolist())
+    known = not isinstance(seed, Tensor) and not isinstance(step, Tensor)  # else nobody asked the host to read them
+    if (
+        on_cpu and known and 0 < len(rows) <= FEW_ROWS and not torch.compiler.is_compiling()
+    ):  # which follows tensors only
+        return few_row_uniforms(seed, step, rows if isinstance(rows, range) else rows.tolist())
     if isinstance(rows, range):
         rows = torch.arange(rows.start, rows.stop, device=device)
     zeros = torch.zeros_like(rows)
