@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 from qstar.config import ThoughtSettings, setting_names
 from qstar.embedded.run import SETTINGS, SIZES, train_embedded
 from qstar.training.config_file import default_of, read_settings, typed_fields, written
+from qstar.training.dry_run import dry_run
 from qstar.training.run import split_settings, train
 from qstar.training.settings import QuietStarArguments, RunSettings
 
@@ -29,11 +30,17 @@ def run(arguments: list[str]) -> None:
     flags = vars(parser.parse_args(arguments))
     config, printed = flags.pop("config", None), flags.pop("print_config", None)
     given = flags if config is None else merged(read_settings(config, KINDS), flags)
+    tried = given.pop("dry_run", False)
     if printed is not None:
         print(config_of(given, full=printed == "full"), end="")
         return
     if given.pop("resume", False) and given.setdefault("resume_from_checkpoint", True) is not True:
         parser.error("--resume goes on with the last checkpoint, --resume_from_checkpoint with a given one: give one")
+    if tried:
+        if not names_a_run(given):
+            raise ValueError("dry_run is given, but not a model and a dataset, whose first step could be tried")
+        print(dry_run(**given))
+        return
     result = train(**given) if names_a_run(given) else train_embedded(**given)
     print(f"saved in {result.folder}")
 
@@ -59,13 +66,19 @@ def _parser() -> HfArgumentParser:
         help="Settings by their names, in a .yaml, .yml or .json file; flags win over it. Paths in it are relative to "
         "the working directory.",
     )
-    group.add_argument(
+    instead = group.add_mutually_exclusive_group()
+    instead.add_argument(
         "--print-config",
         nargs="?",
         const="changed",
         choices=["changed", "full"],
         help="Print the settings that are not the defaults, as a file for --config, or with `full` all of them and "
         "what they are, and do nothing else.",
+    )
+    instead.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Take one step, say what it took and what the run would take, and keep nothing.",
     )
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # what was not typed is left to what is called: each has its own defaults
