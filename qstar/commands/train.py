@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 
 from qstar.config import ThoughtSettings, setting_names
 from qstar.embedded.run import SETTINGS, SIZES, train_embedded
-from qstar.training.config_file import default_of, read_settings, typed_fields, written
+from qstar.training.config_file import BOOLEANS, default_of, read_settings, typed_fields, written
 from qstar.training.dry_run import dry_run
 from qstar.training.run import split_settings, train
 from qstar.training.settings import QuietStarArguments, RunSettings
@@ -36,6 +36,7 @@ def run(arguments: list[str]) -> None:
         return
     if given.pop("resume", False) and given.setdefault("resume_from_checkpoint", True) is not True:
         parser.error("--resume goes on with the last checkpoint, --resume_from_checkpoint with a given one: give one")
+    check_checkpoint(given.get("resume_from_checkpoint"))
     if tried:
         if not names_a_run(given):
             raise ValueError("dry_run is given, but not a model and a dataset, whose first step could be tried")
@@ -89,6 +90,15 @@ def merged(of_file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """The settings of a file and those of flags, which win."""
     beaten = {name for names in SAME if names & flags.keys() for name in names}
     return {name: value for name, value in of_file.items() if name not in beaten} | flags
+
+
+def check_checkpoint(folder: str | bool | None) -> None:
+    """Refuse a truth value where the folder of a checkpoint must be, which transformers would take for its name."""
+    if isinstance(folder, str) and folder.lower() in BOOLEANS and not Path(folder).exists():
+        raise ValueError(
+            f"resume_from_checkpoint is {folder!r}, but it must be the folder of a checkpoint; resume goes on with the "
+            "last one"
+        )
 
 
 def names_a_run(given: dict[str, Any]) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from qstar import load
 from qstar.commands import train as command
 from qstar.commands.main import main
 
+ROOT = Path(__file__).resolve().parents[3]
 LINES = ["a b c d e f g h", "c a b e d f", "b b a c d e f g h i", "a c e g i k"]
 CONFIG = """
 model: {root}/model
@@ -107,6 +110,21 @@ def test_a_file_can_resume_and_a_flag_can_name_the_checkpoint(tmp_path, called):
     assert called["train"] == {"model": "a", "dataset": "b", "resume_from_checkpoint": "c"}
 
 
+def test_a_truth_value_is_not_taken_for_the_folder_of_a_checkpoint(tmp_path, capsys, called, monkeypatch):
+    (tmp_path / "run.yaml").write_text("model: a\ndataset: b\nresume_from_checkpoint: true\n")
+    arguments = ["train", "--config", str(tmp_path / "run.yaml")]
+    assert main(arguments) == 1
+    error = (
+        "resume_from_checkpoint is 'true', but it must be the folder of a checkpoint; resume goes on with the last one"
+    )
+    assert capsys.readouterr().err == f"qstar train: {error}\n"
+    assert called == {}
+    (tmp_path / "true").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 0
+    assert called["train"]["resume_from_checkpoint"] == "true"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -188,3 +206,12 @@ def test_the_help_says_what_paths_are_relative_to(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     assert "Paths in it are relative to the working directory" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_file_on_the_page_about_settings_is_read(tmp_path, called):
+    [block] = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "settings.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "run.yaml").write_text(block)
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
+    given = called["train"]
+    assert given["learning_rate"] == 1e-6 and given["bf16"] is True and given["save_strategy"] == "no"
+    assert given["lr_scheduler_kwargs"] == {"min_lr": 1e-7}

@@ -12,7 +12,15 @@ from qstar import generation, reference
 from qstar.compatibility import EXACT
 from qstar.doctor import self_check
 from qstar.doctor.findings import problems
-from qstar.doctor.self_check import check_itself, check_model, op_finding, op_inputs, op_results
+from qstar.doctor.self_check import (
+    best_device,
+    check_itself,
+    check_model,
+    op_finding,
+    op_inputs,
+    op_results,
+    worst_error,
+)
 from qstar.learning import Objective
 
 CPU = torch.device("cpu")
@@ -122,3 +130,11 @@ def test_the_check_leaves_the_process_as_it_was():
     check_model(CPU)
     assert torch.equal(torch.rand(3), expected) and torch.get_num_threads() == threads
     assert reference.objective is self_check.reference.objective
+
+
+@pytest.mark.parametrize("name", op_inputs(CPU))
+def test_the_kernels_of_a_gpu_take_the_inputs_and_pass(name):
+    """In Triton's interpreter where there is no GPU."""
+    op, given = getattr(qstar_kernels, name), op_inputs(best_device())[name]
+    ours, exact = op_results(op, given, torch.float32, "triton"), op_results(op, given, torch.float64, "reference")
+    assert 0 < worst_error(ours, exact) < EXACT / 5
