@@ -16,7 +16,8 @@ from qstar_kernels import explain
 
 GIB = 2**30
 LITTLE_DISK, LEAST_DISK = 10 * GIB, GIB
-NVIDIA = ("/proc/driver/nvidia/version", "/dev/dxg")  # of a driver under Linux and under WSL
+NVIDIA = ("/dev/nvidiactl", "/usr/lib/wsl/lib/libnvidia-ml.so.1")  # where there is a GPU, under Linux and under WSL
+CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def best_device() -> torch.device:
@@ -43,11 +44,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def memory() -> str:
-    """All of the machine's memory."""
+def memory(limit: Path = CGROUP) -> str:
+    """The machine's memory, or what a container may have of it, which ``limit`` holds."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return "an unknown amount"
-    return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.1f} GiB"
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
+        most = min(most, int(text))
+    return f"{most / GIB:.1f} GiB"
 
 
 def threads_finding(threads: int, cores: int, setting: str | None) -> Finding:

@@ -31,6 +31,15 @@ def test_threads_are_compared_with_cores(threads, cores, setting, state, found):
     assert bool(finding.advice) == (state == "note")
 
 
+def test_memory_is_what_a_container_may_have(tmp_path):
+    whole = machine.memory(tmp_path / "none")
+    (tmp_path / "limit").write_text(f"{GIB // 2}\n")
+    (tmp_path / "no limit").write_text("max\n")
+    assert machine.memory(tmp_path / "limit") == "0.5 GiB"
+    assert machine.memory(tmp_path / "no limit") == whole
+    assert float(whole.removesuffix(" GiB")) > 0.5
+
+
 @pytest.mark.parametrize(
     ("build", "driver", "visible", "apple", "state", "found"),
     [
