@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,15 +23,16 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from qstar.cpu import keep_freed_memory
 from qstar.data import AnyDataset, read_rows, read_texts
 from qstar.model import QuietStarModel
-from qstar.training.run import check_model_name, open_model, output_folder, split_settings
+from qstar.training.run import check_model_name, open_model, split_settings
 from qstar.training.savable import check_savable
 from qstar.training.settings import QuietStarArguments
-from qstar.training.trainer import QuietStarTrainer
+from qstar.training.trainer import METRICS_FILE, QuietStarTrainer
 
 OTHERWISE: dict[str, Any] = dict(
     push_to_hub=False, eval_on_start=False, report_to="none", disable_tqdm=True, sample_steps=0
 )  # in the step that is tried
 MIB, GIB = 2**20, 2**30
+DEFAULT = Path("runs/quiet-star")
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,9 @@ class DryRun:
         return "\n".join(f"{name:12}{text}" for name, text in lines.items())
 
 
-def size(count: int) -> str:
+def size(number: int) -> str:
     """Bytes as a person reads them."""
-    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / MIB:,.2f} MiB"
+    return f"{number / GIB:,.2f} GiB" if number >= GIB else f"{number / MIB:,.2f} MiB"
 
 
 def dry_run(**given: Any) -> DryRun:
@@ -121,12 +123,29 @@ def dry_run(**given: Any) -> DryRun:
     """
     if given.pop("resume_from_checkpoint", None):
         raise ValueError("resume_from_checkpoint is given, but the first step of a run is tried: leave it out")
-    folder = output_folder(given.pop("output_dir", None), resume=None)
+    folder = folder_of(given.pop("output_dir", None))
     prepared = prepare(folder, **given)
     there = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
     with tempfile.TemporaryDirectory(prefix=".qstar-dry-run-", dir=there) as place:
         args = QuietStarArguments(**(prepared.settings | OTHERWISE | {"output_dir": place}))
         return tried(prepared, args, folder)
+
+
+def folder_of(output_dir: str | Path | None) -> Path:
+    """Where a run would write: ``output_dir``, or the first free default; nothing is made.
+
+    Raises:
+        FileExistsError: it holds an earlier run.
+    """
+    if output_dir is None:
+        names = (DEFAULT if number == 1 else DEFAULT.with_name(f"{DEFAULT.name}-{number}") for number in count(1))
+        return next(folder for folder in names if not folder.exists())
+    if (Path(output_dir) / METRICS_FILE).exists():
+        raise FileExistsError(
+            f"output_dir is {str(output_dir)!r}, but it holds an earlier run: go on with it by "
+            "resume_from_checkpoint=True, or choose another folder"
+        )
+    return Path(output_dir)
 
 
 @dataclass(frozen=True)
@@ -252,18 +271,18 @@ class OneStep(TrainerCallback):
 
 def checkpoints_of(args: QuietStarArguments, state: TrainerState) -> int:
     """How many checkpoints a training leaves, at most; the last step has one as well where steps do."""
-    count = 0
+    most = 0
     if args.save_strategy == SaveStrategy.STEPS:
-        count = math.ceil(state.max_steps / state.save_steps)
+        most = math.ceil(state.max_steps / state.save_steps)
     elif args.save_strategy == SaveStrategy.EPOCH:
-        count = epochs_of(state)
+        most = epochs_of(state)
     elif args.save_strategy == SaveStrategy.BEST:
         by_steps = args.eval_strategy == IntervalStrategy.STEPS
-        count = math.ceil(state.max_steps / state.eval_steps) if by_steps else epochs_of(state)
+        most = math.ceil(state.max_steps / state.eval_steps) if by_steps else epochs_of(state)
     if args.save_total_limit is not None and args.save_total_limit > 0:
         best = args.load_best_model_at_end and args.save_total_limit == 1  # it and the last one
-        count = min(count, args.save_total_limit + best)
-    return count
+        most = min(most, args.save_total_limit + best)
+    return most
 
 
 def epochs_of(state: TrainerState) -> int:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from qstar.commands.main import main
-from qstar.training.dry_run import DryRun, checkpoints_of, dry_run, size
+from qstar.training.dry_run import DryRun, checkpoints_of, dry_run, folder_of, size
 
 LINES = ["a b c d e f g h", "c a b e d f", "b b a c d e f g h i", "a c e g i k", "d e f"] * 3
 SETTINGS = dict(
@@ -82,6 +82,15 @@ def test_nothing_is_written_and_the_page_is_printed(root, tmp_path, capsys, monk
         "run         4 steps of 4 rows, up to 32 tokens",
     ]
     assert "in runs/quiet-star: the model 1.07 MiB, checkpoints 1 of 1.07 MiB; " in lines[5]
+
+
+def test_the_folder_is_the_first_free_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(folder_of(None)) == "runs/quiet-star"
+    (tmp_path / "runs" / "quiet-star").mkdir(parents=True)
+    (tmp_path / "runs" / "quiet-star-2").mkdir()
+    assert str(folder_of(None)) == "runs/quiet-star-3"
+    assert folder_of("other") == Path("other")
 
 
 def test_a_stream_has_as_many_steps_as_it_is_given(root, tmp_path):
