@@ -158,6 +158,47 @@ def test_an_unknown_name_is_refused_with_the_one_that_was_meant(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("fsdp: true", True),  # of a flag that may stand alone
+        ("fsdp: full_shard", "full_shard"),
+        ("include_num_input_tokens_seen: no", "no"),
+        ("include_num_input_tokens_seen: true", True),
+        ("trackio_static_space_id: false", False),
+        ("trackio_static_space_id: no", "no"),
+        ("debug: [underflow_overflow]", ["underflow_overflow"]),
+        ("report_to: none", "none"),
+        ("report_to: [tensorboard, wandb]", ["tensorboard", "wandb"]),
+        ("tf32: off", False),
+        ("optim: adafactor", "adafactor"),
+        ("save_steps: 0.1", 0.1),
+        ("deepspeed: {zero_optimization: {stage: 2}, bf16: {enabled: auto}}", None),
+        ("hub_token: 123", "123"),
+    ],
+)
+def test_settings_of_transformers_with_types_of_their_own_are_read(tmp_path, text, expected):
+    expected = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}} if expected is None else expected
+    [value] = read(tmp_path, text, *KINDS).values()
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("debug: [overflow]", "debug is 'overflow', but it must be 'underflow_overflow'"),
+        ("optim: adam", "optim is 'adam', but it must be 'adamw_torch'"),
+        ("baseline: best", "baseline is 'best', but it must be 'mean', 'leave_one_out', 'base'"),
+        ("parallelism_config: {tp_size: 2}", "parallelism_config cannot be given by a file"),
+        ("label_names: labels", "label_names is 'labels', but it must be a list"),
+    ],
+)
+def test_settings_of_transformers_refuse_what_they_do_not_take(tmp_path, text, message):
+    with pytest.raises(ValueError) as refused:
+        read(tmp_path, text, *KINDS)
+    assert str(refused.value).startswith(f"{tmp_path / 'run.yaml'}, line 1: {message}")
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("run.toml", b"", "config is '{}', but a file must end in .yaml, .yml, .json"),
