@@ -14,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from qstar.commands.main import main
 from qstar.training.dry_run import DryRun, checkpoints_of, dry_run, folder_of, size
+from qstar.training.trainer import QuietStarTrainer
 
 LINES = ["a b c d e f g h", "c a b e d f", "b b a c d e f g h i", "a c e g i k", "d e f"] * 3
 SETTINGS = dict(
@@ -82,6 +83,17 @@ def test_nothing_is_written_and_the_page_is_printed(root, tmp_path, capsys, monk
         "run         4 steps of 4 rows, up to 32 tokens",
     ]
     assert "in runs/quiet-star: the model 1.07 MiB, checkpoints 1 of 1.07 MiB; " in lines[5]
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_nothing_is_evaluated_and_nothing_saved(root, tmp_path, monkeypatch, strategy):
+    for name in ("evaluate", "_save_checkpoint", "save_model"):
+        monkeypatch.setattr(QuietStarTrainer, name, lambda *_, name=name, **__: pytest.fail(f"{name} is called"))
+    data = str(root / "train.jsonl")
+    often = dict(eval_strategy=strategy, save_strategy=strategy, eval_steps=1, save_steps=1, eval_on_start=True)
+    settings = SETTINGS | often | dict(gradient_accumulation_steps=8)  # an epoch is one step
+    said = dry_run(**settings, model=str(root / "model"), dataset=data, eval_dataset=data, output_dir=tmp_path / "run")
+    assert (said.steps, said.checkpoints) == (1, 1)
 
 
 def test_the_folder_is_the_first_free_default(tmp_path, monkeypatch):
