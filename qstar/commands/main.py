@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "continue prompts, with a thought before every token",
     "chat": "talk to a trained model",
     "eval": "held-out log-likelihood of a trained model, with and without thoughts",
+    "doctor": "whether all is well here: versions, devices, backends, and a check of itself",
 }
 USAGE = f"""usage: qstar [-h] [--traceback] {{{",".join(COMMANDS)}}} ...
 
@@ -25,7 +26,7 @@ qstar COMMAND --help tells more.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 1 where it failed and 2 where its arguments are wrong."""
+    """Run a command; the exit code is 0, 1 where it failed or found a problem, and 2 where its arguments are wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     traced = arguments[:1] == ["--traceback"]
     arguments = arguments[traced:]
@@ -37,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{USAGE}\nqstar: unknown command {command!r}", file=sys.stderr)
         return 2
     try:
-        importlib.import_module(f"qstar.commands.{command}").run(rest)
+        code = importlib.import_module(f"qstar.commands.{command}").run(rest)
     except (OSError, TypeError, ValueError, FloatingPointError) as error:
         if traced:
             traceback.print_exc()
         print(f"qstar {command}: {error}", file=sys.stderr)
         return 1
-    return 0
+    return code or 0

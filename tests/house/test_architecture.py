@@ -38,6 +38,7 @@ FLOORS = (  # of qstar/, from the ground up: a file imports from its own room, o
     ("wrapping", "evaluation", "prompting"),
     ("training",),
     ("embedded",),
+    ("doctor",),
     ("commands",),
 )
 ANYWHERE = ("__init__", "__main__")  # the front door names every room

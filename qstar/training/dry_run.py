@@ -1,0 +1,290 @@
+"""A run that is tried: everything is read and resolved, one step is taken, and nothing of it is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import IterableDataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from qstar.cpu import keep_freed_memory
+from qstar.data import AnyDataset, read_rows, read_texts
+from qstar.model import QuietStarModel
+from qstar.training.run import check_model_name, open_model, split_settings
+from qstar.training.savable import check_savable
+from qstar.training.settings import QuietStarArguments
+from qstar.training.trainer import METRICS_FILE, QuietStarTrainer
+
+OTHERWISE: dict[str, Any] = dict(
+    push_to_hub=False, eval_on_start=False, report_to="none", disable_tqdm=True, sample_steps=0
+)  # in the step that is tried
+MIB, GIB = 2**20, 2**30
+DEFAULT = Path("runs/quiet-star")
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What the first step of a run took, and what the run would take.
+
+    Attributes:
+        model: the name of its class.
+        parameters: of the model.
+        learned: of them, those that learn.
+        rows: of text; None for a stream.
+        seq_length: text tokens in a row, at most.
+        step_rows: rows in a step, on all processes.
+        steps: of the run.
+        device: where it ran.
+        seconds: that the step took, the first one, which sets up what later ones find.
+        loss: of it.
+        memory: the most that this process has held, bytes; None where the system does not tell.
+        gpu_memory: the same on the GPU; None without one.
+        model_bytes: of the model on the disk.
+        checkpoint_bytes: of a checkpoint.
+        checkpoints: that are left at the end.
+        free: bytes on the disk.
+        folder: where the run would write.
+    """
+
+    model: str
+    parameters: int
+    learned: int
+    rows: int | None
+    seq_length: int
+    step_rows: int
+    steps: int
+    device: str
+    seconds: float
+    loss: float
+    memory: int | None
+    gpu_memory: int | None
+    model_bytes: int
+    checkpoint_bytes: int
+    checkpoints: int
+    free: int
+    folder: Path
+
+    @property
+    def disk(self) -> int:
+        """Bytes that are left at the end."""
+        return self.model_bytes + self.checkpoints * self.checkpoint_bytes
+
+    def __str__(self) -> str:
+        step_tokens = self.step_rows * self.seq_length
+        rows = "a stream of rows" if self.rows is None else f"{self.rows} rows"
+        memory = "unknown" if self.memory is None else f"{self.memory / MIB:,.0f} MiB in this process"
+        if self.gpu_memory is not None:
+            memory += f", {self.gpu_memory / MIB:,.0f} MiB on the GPU"
+        disk = f"{size(self.disk)} in {self.folder}: the model {size(self.model_bytes)}"
+        if self.checkpoints:
+            disk += f", checkpoints {self.checkpoints} of {size(self.checkpoint_bytes)}"
+        lines = {
+            "model": f"{self.model}, {self.parameters:,} parameters, {self.learned:,} of which learn",
+            "data": f"{rows} of up to {self.seq_length} tokens",
+            "run": f"{self.steps:,} steps of {self.step_rows} rows, up to {step_tokens:,} tokens",
+            "first step": f"{self.seconds:.2f} s on {self.device}, loss {self.loss:.4f}",
+            "memory": f"{memory}, at most",
+            "disk": f"{disk}; {size(self.free)} are free",
+        }
+        if self.disk > self.free:
+            lines["problem"] = "the disk has no room for the run: --save-total-limit or --save-only-model saves some"
+        return "\n".join(f"{name:12}{text}" for name, text in lines.items())
+
+
+def size(number: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{number / GIB:,.2f} GiB" if number >= GIB else f"{number / MIB:,.2f} MiB"
+
+
+def dry_run(**given: Any) -> DryRun:
+    """Take one step of a run, and keep nothing of it.
+
+    What it needs on the way is in a temporary folder on the disk of the run's, and is removed.
+
+    Args:
+        given: what :func:`qstar.train` would be given; the model and the data by their names.
+
+    Raises:
+        ValueError: ``resume_from_checkpoint`` is given, since the first step is tried; and whatever else
+            :func:`qstar.train` raises.
+    """
+    if given.pop("resume_from_checkpoint", None):
+        raise ValueError("resume_from_checkpoint is given, but the first step of a run is tried: leave it out")
+    folder = folder_of(given.pop("output_dir", None))
+    prepared = prepare(folder, **given)
+    there = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".qstar-dry-run-", dir=there) as place:
+        args = QuietStarArguments(**(prepared.settings | OTHERWISE | {"output_dir": place}))
+        return tried(prepared, args, folder)
+
+
+def folder_of(output_dir: str | Path | None) -> Path:
+    """Where a run would write: ``output_dir``, or the first free default; nothing is made.
+
+    Raises:
+        FileExistsError: it holds an earlier run.
+    """
+    if output_dir is None:
+        names = (DEFAULT if number == 1 else DEFAULT.with_name(f"{DEFAULT.name}-{number}") for number in count(1))
+        return next(folder for folder in names if not folder.exists())
+    if (Path(output_dir) / METRICS_FILE).exists():
+        raise FileExistsError(
+            f"output_dir is {str(output_dir)!r}, but it holds an earlier run: go on with it by "
+            "resume_from_checkpoint=True, or choose another folder"
+        )
+    return Path(output_dir)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run up to its first step."""
+
+    model: QuietStarModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: dict[str, Any]
+    rows: AnyDataset
+    held_out: AnyDataset | None
+
+
+def prepare(folder: Path, model: str | Path | None = None, dataset: str | Path | None = None, **given: Any) -> Prepared:
+    """Read and resolve what :func:`qstar.train` would for a run in ``folder``."""
+    eval_dataset = given.pop("eval_dataset", None)
+    thoughts, settings = split_settings("train()", given)
+    if model is None or dataset is None:
+        missing = "model" if model is None else "dataset"
+        raise ValueError(f"{missing} is missing: give a model and a dataset, whose first step is tried")
+    if Path(model).resolve() == folder.resolve():
+        raise ValueError(f"output_dir is {str(folder)!r}, but the model is there: training would write over it")
+    args = QuietStarArguments(output_dir=str(folder), **settings)
+    args.check_documents(dataset, eval_dataset)
+    for name, value, default in (("eval_split", args.eval_split, "test"), ("eval_config", args.eval_config, None)):
+        if eval_dataset is None and value != default:
+            raise ValueError(f"{name} is {value!r}, but there is no eval_dataset that it could be of")
+    set_seed(args.seed)
+    check_model_name(model)
+    texts = read_texts(dataset, args.dataset_split, args, args.dataset_config)
+    if isinstance(texts, IterableDataset) and args.max_steps <= 0:
+        raise ValueError(
+            f"max_steps is {args.max_steps}, but a streamed dataset has no length: give the steps to train for"
+        )
+    held_texts = None
+    if eval_dataset is not None:
+        held_texts = read_texts(eval_dataset, args.eval_split, args, args.eval_config, "eval_dataset")
+    thinking, tokenizer = open_model(model, None, thoughts)
+    rows = read_rows(texts, tokenizer, args, dataset)
+    if isinstance(rows, IterableDataset):
+        rows = rows.repeat(None)
+    held_out = None if held_texts is None else read_rows(held_texts, tokenizer, args, eval_dataset, "eval_dataset")
+    return Prepared(thinking, tokenizer, settings, rows, held_out)
+
+
+def tried(prepared: Prepared, args: QuietStarArguments, folder: Path) -> DryRun:
+    """Take the first step of a run that would write into ``folder``."""
+    model, rows = prepared.model, prepared.rows
+    if args.device.type == "cpu":
+        keep_freed_memory()
+    check_savable(model, args.folder)
+    trainer = QuietStarTrainer(
+        model, args, train_dataset=rows, eval_dataset=prepared.held_out, processing_class=prepared.tokenizer
+    )
+    trainer.remove_callback(PrinterCallback)
+    step = OneStep()
+    trainer.add_callback(step)
+    loss = trainer.train().training_loss
+    parameters = list(model.parameters())
+    model_bytes = sum({x.data_ptr(): x.nbytes for x in model.state_dict().values()}.values())  # tied ones once
+    optimizer = cast(torch.optim.Optimizer, trainer.optimizer)
+    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    gpu = args.device.type == "cuda"
+    return DryRun(
+        model=type(model).__name__,
+        parameters=sum(x.numel() for x in parameters),
+        learned=sum(x.numel() for x in parameters if x.requires_grad),
+        rows=None if isinstance(rows, IterableDataset) else len(rows),
+        seq_length=args.seq_length,
+        step_rows=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        steps=step.steps,
+        device=str(args.device),
+        seconds=step.seconds,
+        loss=loss,
+        memory=peak_memory(),
+        gpu_memory=torch.cuda.max_memory_allocated() if gpu else None,
+        model_bytes=model_bytes,
+        checkpoint_bytes=model_bytes + (0 if args.save_only_model else sum(x.nbytes for x in states)),
+        checkpoints=step.checkpoints,
+        free=shutil.disk_usage(args.folder).free,
+        folder=folder,
+    )
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has held, bytes."""
+    with contextlib.suppress(ImportError):  # under Windows
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return None
+
+
+class OneStep(TrainerCallback):
+    """Ends a training after its first step, before anything is evaluated or saved.
+
+    Attributes:
+        steps: that the training would have taken.
+        checkpoints: that it would have left.
+        seconds: that the first step took.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.checkpoints, self.seconds, self._began = 0, 0, 0.0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps, self.checkpoints = state.max_steps, checkpoints_of(args, state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self._began
+        control.should_training_stop = True
+        control.should_evaluate = control.should_save = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = control.should_save = False
+
+
+def checkpoints_of(args: QuietStarArguments, state: TrainerState) -> int:
+    """How many checkpoints a training leaves, at most; the last step has one as well where steps do."""
+    most = 0
+    if args.save_strategy == SaveStrategy.STEPS:
+        most = math.ceil(state.max_steps / state.save_steps)
+    elif args.save_strategy == SaveStrategy.EPOCH:
+        most = epochs_of(state)
+    elif args.save_strategy == SaveStrategy.BEST:
+        by_steps = args.eval_strategy == IntervalStrategy.STEPS
+        most = math.ceil(state.max_steps / state.eval_steps) if by_steps else epochs_of(state)
+    if args.save_total_limit is not None and args.save_total_limit > 0:
+        best = args.load_best_model_at_end and args.save_total_limit == 1  # it and the last one
+        most = min(most, args.save_total_limit + best)
+    return most
+
+
+def epochs_of(state: TrainerState) -> int:
+    """Epochs of a training; a stream is one, which transformers calls endlessly many."""
+    return 1 if state.num_train_epochs == sys.maxsize else state.num_train_epochs
