@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from qstar.cpu import keep_freed_memory
 from qstar.data import AnyDataset
 from qstar.model import QuietStarModel
-from qstar.training.checkpoints import is_finished, last_whole_checkpoint
 from qstar.training.savable import check_savable
+from qstar.training.saving import SETTINGS_FILE
 from qstar.training.settings import QuietStarArguments
 from qstar.training.trainer import QuietStarTrainer
-
-logger = logging.getLogger(__name__)
-
-SETTINGS_FILE = "training_args.json"
 
 
 @dataclass
@@ -51,23 +46,14 @@ def fit(
 
     Raises:
         ValueError, OSError: the model could not be saved there, see :func:`qstar.training.savable.check_savable`.
+        ValueError: a given checkpoint is not as it was written.
         FloatingPointError: the loss or a gradient is not finite.
     """
     if args.device.type == "cpu":
         keep_freed_memory()
-    checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
-    if resume_from_checkpoint is True:
-        checkpoint = last_whole_checkpoint(args.folder)
-        if checkpoint is None:
-            logger.warning("%s holds no whole checkpoint: training begins at the beginning", args.output_dir)
     check_savable(model, args.folder)
     trainer = QuietStarTrainer(model, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
-    trained: dict[str, float] = {}
-    if checkpoint is not None and is_finished(checkpoint, args.max_steps, args.num_train_epochs):
-        logger.warning("%s is the end of its run: there is nothing left to train", checkpoint)
-        trainer.take_up(checkpoint)
-    else:
-        trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    trained = trainer.train(resume_from_checkpoint).metrics
     trainer.save_model()
     trainer.save_state()
     if held_out is not None and args.eval_strategy == "no":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from qstar.data import AnyDataset, read_rows, read_texts
 from qstar.data.load import check_name
 from qstar.model import QuietStarModel
 from qstar.training.checkpoints import last_whole_checkpoint
-from qstar.training.fit import SETTINGS_FILE, TrainResult, fit
+from qstar.training.fit import TrainResult, fit
+from qstar.training.saving import SETTINGS_FILE
 from qstar.training.settings import QuietStarArguments
 from qstar.training.trainer import METRICS_FILE
 from qstar.wrapping import load, wrap
@@ -41,8 +43,8 @@ def train(
             ``runs/quiet-star-2``, ...
         tokenizer: of a model object; found by the model's name by default.
         eval_dataset: held-out text, evaluated as ``eval_strategy`` says, or at the end.
-        resume_from_checkpoint: go on with the last checkpoint in ``output_dir`` that a kill has not cut short, from the
-            beginning if there is none (True), or with a given one.
+        resume_from_checkpoint: go on with the last checkpoint in ``output_dir`` that is whole, every file as it was
+            written, from the beginning if there is none (True), or with a given one.
         settings: any field of :class:`qstar.config.ThoughtSettings` (``thought_tokens``, ``ahead_tokens``,
             ``rationales``, ``sigmoid``, ``start_init``, ...) and of :class:`qstar.QuietStarArguments`, and so of
             ``TrainingArguments`` (``learning_rate``, ``seq_length``, ``seed``, ``text_column``, ``max_steps``, ...);
@@ -54,7 +56,8 @@ def train(
     Raises:
         TypeError: a setting that does not exist.
         ValueError: model or dataset is missing; a setting with a wrong value, or one that would be ignored; a model
-            that cannot think; data that cannot be read, or hold no token to predict.
+            that cannot think; data that cannot be read, or hold no token to predict; a given checkpoint with a file
+            that is not as it was written.
         FileNotFoundError: model or dataset is neither here nor a name that the hub has or could have.
         FileExistsError: ``output_dir`` holds an earlier run.
     """
@@ -129,13 +132,23 @@ def check_model_name(model: str | Path | PreTrainedModel) -> None:
 def open_model(
     model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, thoughts: dict[str, Any]
 ) -> tuple[QuietStarModel, PreTrainedTokenizerBase]:
-    """A model that thinks, from a name, a folder or a model object; the weights of a named one in float32."""
+    """A model that thinks, from a name, a folder or a model object; the weights of a named one in float32.
+
+    Raises:
+        ValueError: its weights are a pickle that could run code; or what :func:`qstar.wrap` refuses.
+    """
     if not isinstance(model, PreTrainedModel):
-        if (Path(model) / CONFIG_FILE).is_file():
-            loaded, stored = load(model, dtype=torch.float32)
-            return resized(loaded, thoughts), tokenizer or stored
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+        try:
+            if (Path(model) / CONFIG_FILE).is_file():
+                loaded, stored = load(model, dtype=torch.float32)
+                return resized(loaded, thoughts), tokenizer or stored
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+        except UnpicklingError as error:  # whose own words advise to read it all the same
+            raise ValueError(
+                f"model is {str(model)!r}, but its weights are a pickle that holds more than tensors: it is not read, "
+                "since that could run any code"
+            ) from error
     if tokenizer is None:
         if not model.name_or_path:
             raise ValueError("tokenizer is missing: the model object has no name to find it by")
@@ -191,7 +204,8 @@ def _unfinished_run(default: Path) -> Path:
     """The one folder beside ``default`` whose run was cut short; that with a checkpoint, where others have none."""
     begun = sorted(path.parent for path in default.parent.glob(f"{default.name}*/{METRICS_FILE}"))
     cut = [folder for folder in begun if not (folder / SETTINGS_FILE).exists()]
-    cut = [folder for folder in cut if last_whole_checkpoint(folder) is not None] or cut
+    if len(cut) > 1:  # every file of a checkpoint is read to see whether it is whole
+        cut = [folder for folder in cut if last_whole_checkpoint(folder) is not None] or cut
     if not cut:
         raise FileNotFoundError(
             f"resume_from_checkpoint is True, but no run in {default.parent} was cut short: name one by output_dir"
