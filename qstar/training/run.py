@@ -15,11 +15,9 @@ from qstar.config import CONFIG_FILE, SIZES, ThoughtSettings, check_names, setti
 from qstar.data import AnyDataset, read_rows, read_texts
 from qstar.data.load import check_name
 from qstar.model import QuietStarModel
-from qstar.training.checkpoints import last_whole_checkpoint
 from qstar.training.fit import TrainResult, fit
-from qstar.training.saving import SETTINGS_FILE
+from qstar.training.folders import run_folder
 from qstar.training.settings import QuietStarArguments
-from qstar.training.trainer import METRICS_FILE
 from qstar.wrapping import load, wrap
 
 
@@ -60,37 +58,38 @@ def train(
             that is not as it was written.
         FileNotFoundError: model or dataset is neither here nor a name that the hub has or could have.
         FileExistsError: ``output_dir`` holds an earlier run.
+        BlockingIOError: another run is in ``output_dir`` at this time.
     """
     thoughts, settings = split_settings("train()", settings)
     if model is None or dataset is None:
         missing = "model" if model is None else "dataset"
         raise ValueError(f"{missing} is missing: give a model and a dataset (qstar.train_embedded() needs neither)")
-    folder = output_folder(output_dir, resume_from_checkpoint)
-    named = model.name_or_path if isinstance(model, PreTrainedModel) else model
-    if named and Path(named).resolve() == folder.resolve():
-        raise ValueError(f"output_dir is {str(folder)!r}, but the model is there: training would write over it")
-    args = QuietStarArguments(output_dir=str(folder), **settings)
-    args.check_documents(dataset, eval_dataset)
-    for name, value, default in (("eval_split", args.eval_split, "test"), ("eval_config", args.eval_config, None)):
-        if eval_dataset is None and value != default:
-            raise ValueError(f"{name} is {value!r}, but there is no eval_dataset that it could be of")
-    set_seed(args.seed)
-    check_model_name(model)
-    texts = read_texts(dataset, args.dataset_split, args, args.dataset_config)
-    if isinstance(texts, IterableDataset) and args.max_steps <= 0:
-        raise ValueError(
-            f"max_steps is {args.max_steps}, but a streamed dataset has no length: give the steps to train for"
-        )
-    held_texts = None
-    if eval_dataset is not None:
-        held_texts = read_texts(eval_dataset, args.eval_split, args, args.eval_config, "eval_dataset")
-    thinking, tokenizer = open_model(model, tokenizer, thoughts)
-    rows = read_rows(texts, tokenizer, args, dataset)
-    if isinstance(rows, IterableDataset):
-        rows = rows.repeat(None)  # one pass without end: a run that is resumed beyond the first finds its place
-    held_out = None if held_texts is None else read_rows(held_texts, tokenizer, args, eval_dataset, "eval_dataset")
-    metrics = fit(thinking, tokenizer, args, rows, held_out, resume_from_checkpoint)
-    return TrainResult(thinking, tokenizer, metrics, folder)
+    with run_folder(output_dir, resume_from_checkpoint) as folder:
+        named = model.name_or_path if isinstance(model, PreTrainedModel) else model
+        if named and Path(named).resolve() == folder.resolve():
+            raise ValueError(f"output_dir is {str(folder)!r}, but the model is there: training would write over it")
+        args = QuietStarArguments(output_dir=str(folder), **settings)
+        args.check_documents(dataset, eval_dataset)
+        for name, value, default in (("eval_split", args.eval_split, "test"), ("eval_config", args.eval_config, None)):
+            if eval_dataset is None and value != default:
+                raise ValueError(f"{name} is {value!r}, but there is no eval_dataset that it could be of")
+        set_seed(args.seed)
+        check_model_name(model)
+        texts = read_texts(dataset, args.dataset_split, args, args.dataset_config)
+        if isinstance(texts, IterableDataset) and args.max_steps <= 0:
+            raise ValueError(
+                f"max_steps is {args.max_steps}, but a streamed dataset has no length: give the steps to train for"
+            )
+        held_texts = None
+        if eval_dataset is not None:
+            held_texts = read_texts(eval_dataset, args.eval_split, args, args.eval_config, "eval_dataset")
+        thinking, tokenizer = open_model(model, tokenizer, thoughts)
+        rows = read_rows(texts, tokenizer, args, dataset)
+        if isinstance(rows, IterableDataset):
+            rows = rows.repeat(None)  # one pass without end: a run that is resumed beyond the first finds its place
+        held_out = None if held_texts is None else read_rows(held_texts, tokenizer, args, eval_dataset, "eval_dataset")
+        metrics = fit(thinking, tokenizer, args, rows, held_out, resume_from_checkpoint)
+        return TrainResult(thinking, tokenizer, metrics, folder)
 
 
 def split_settings(call: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -170,48 +169,3 @@ def resized(model: QuietStarModel, thoughts: dict[str, Any]) -> QuietStarModel:
             raise ValueError(f"{name} is {value!r}, but the model was made with {made_with!r}: leave it out")
     model.qstar = replace(model.qstar, **thoughts)
     return model
-
-
-def output_folder(output_dir: str | Path | None, resume: bool | str | Path | None) -> Path:
-    """The folder of a run: the given one, the one of what is resumed, or the first free default.
-
-    Raises:
-        FileExistsError: it holds an earlier run, which is not resumed.
-        FileNotFoundError: there is no run to resume.
-        ValueError: there are several.
-    """
-    if output_dir is not None:
-        folder = Path(output_dir)
-        if not resume and (folder / METRICS_FILE).exists():
-            raise FileExistsError(
-                f"output_dir is {str(folder)!r}, but it holds an earlier run: go on with it by "
-                "resume_from_checkpoint=True, or choose another folder"
-            )
-        return folder
-    if resume and resume is not True:
-        return Path(resume).parent
-    default = Path("runs/quiet-star")
-    if resume:
-        return _unfinished_run(default)
-    folder, number = default, 1
-    while folder.exists():
-        number += 1
-        folder = default.with_name(f"{default.name}-{number}")
-    return folder
-
-
-def _unfinished_run(default: Path) -> Path:
-    """The one folder beside ``default`` whose run was cut short; that with a checkpoint, where others have none."""
-    begun = sorted(path.parent for path in default.parent.glob(f"{default.name}*/{METRICS_FILE}"))
-    cut = [folder for folder in begun if not (folder / SETTINGS_FILE).exists()]
-    if len(cut) > 1:  # every file of a checkpoint is read to see whether it is whole
-        cut = [folder for folder in cut if last_whole_checkpoint(folder) is not None] or cut
-    if not cut:
-        raise FileNotFoundError(
-            f"resume_from_checkpoint is True, but no run in {default.parent} was cut short: name one by output_dir"
-        )
-    if len(cut) > 1:
-        raise ValueError(
-            f"resume_from_checkpoint is True, but {', '.join(map(str, cut))} were all cut short: name one by output_dir"
-        )
-    return cut[0]
