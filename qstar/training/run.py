@@ -59,6 +59,7 @@ def train(
         FileNotFoundError: model or dataset is neither here nor a name that the hub has or could have.
         FileExistsError: ``output_dir`` holds an earlier run.
         BlockingIOError: another run is in ``output_dir`` at this time.
+        SystemExit: SIGINT (Ctrl-C) or SIGTERM came, and a checkpoint was saved, see :func:`qstar.training.fit.fit`.
     """
     thoughts, settings = split_settings("train()", settings)
     if model is None or dataset is None:
