@@ -8,9 +8,11 @@ import random
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from tiny_runs import texts, tiny_train
+from tiny_runs import QUIET, texts, tiny_train
 
+from qstar.training.settings import QuietStarArguments
 from qstar.training.states import random_state, read_state, set_random_state, write_state
 from qstar.training.trainer import QuietStarTrainer
 
@@ -112,3 +114,16 @@ def test_a_resumed_run_has_the_state_of_one_that_was_not_interrupted(optim, sche
     ).read_bytes()
     for name, tensor in whole.items():
         assert same(resumed[name], tensor), name
+
+
+def test_the_scaler_of_float16_goes_on_where_it_was(tmp_path):
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
+    trainer = QuietStarTrainer(model, QuietStarArguments(str(tmp_path), **QUIET))
+    trainer._save_scaler(str(tmp_path))
+    assert not list(tmp_path.iterdir())  # a run that has none
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7, growth_interval=3)
+    expected = trainer.accelerator.scaler.state_dict()
+    trainer._save_scaler(str(tmp_path))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer._load_scaler(str(tmp_path))
+    assert trainer.accelerator.scaler.state_dict() == expected
