@@ -63,7 +63,7 @@ def test_a_run_that_was_killed_has_no_folder(tmp_path):
 
 def test_default_runs_that_begin_together_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    together = Barrier(8)
+    together = Barrier(8, timeout=20)
 
     def begin(_: int) -> Path:
         together.wait()
