@@ -58,6 +58,26 @@ def finish(checkpoint: Path) -> None:
     _sync(checkpoint.parent)
 
 
+def rotate(latest: Path, best: str | None, limit: int | None) -> None:
+    """Keep no more than ``limit`` checkpoints beside each other: ``latest``, ``best``, and the newest of the others.
+
+    Those with a later step than ``latest`` are from an earlier life of the run, and go first.
+    """
+    if limit is None or limit < 1:
+        return
+    kept = {latest} if best is None else {latest, Path(best)}
+    others = [each for each in latest.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if each not in kept]
+    others.sort(key=lambda each: (_step(each) <= _step(latest), _step(each)))
+    for each in others[: max(0, len(others) + len(kept) - max(limit, len(kept)))]:
+        (each / MANIFEST_FILE).unlink(missing_ok=True)
+        shutil.rmtree(each, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdecimal() else -1
+
+
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, with the name of the file, or None if it is as it was written."""
     try:
@@ -141,12 +161,7 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
 
     What is wrong with later ones is logged.
     """
-
-    def step(checkpoint: Path) -> int:
-        number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        return int(number) if number.isdecimal() else -1
-
-    for checkpoint in sorted(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=step, reverse=True):
+    for checkpoint in sorted(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step, reverse=True):
         wrong = fault(checkpoint)
         if wrong is None:
             return checkpoint

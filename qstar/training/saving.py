@@ -10,10 +10,10 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from qstar.model import PREFIX, QuietStarModel
-from qstar.training.checkpoints import begin, checkpoint_to_resume, fault, finish, is_finished, partial
+from qstar.training.checkpoints import begin, checkpoint_to_resume, fault, finish, is_finished, partial, rotate
 from qstar.training.settings import QuietStarArguments
 from qstar.training.states import random_state, read_state, set_random_state, write_state
 
@@ -66,6 +66,8 @@ class CheckpointTrainer(Trainer):
         logger.warning("%s is the end of its run: there is nothing left to train", checkpoint)
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
         return TrainOutput(self.state.global_step, float("nan"), {})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -101,12 +103,7 @@ class CheckpointTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate(checkpoint, self.state.best_model_checkpoint, self.args.save_total_limit)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import texts, tiny_train
 
-from qstar.training.checkpoints import MANIFEST_FILE, fault, last_whole_checkpoint
+from qstar.training.checkpoints import MANIFEST_FILE, fault, last_whole_checkpoint, rotate
 from qstar.training.trainer import QuietStarTrainer
 
 OPTIONS = dict(max_steps=4, save_strategy="steps", save_steps=1)
@@ -181,6 +181,29 @@ def test_only_as_many_checkpoints_are_kept_as_are_asked_for(tmp_path):
     kept = sorted(path.name for path in tmp_path.glob("*checkpoint*"))
     assert kept == ["checkpoint-3", "checkpoint-4"]
     assert all(fault(tmp_path / name) is None for name in kept)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_checkpoint_that_is_left_out_does_not_outlive_a_new_one(limit, cut):
+    """Though its step is a later one: the limit would otherwise remove what was just written."""
+    (cut / "checkpoint-3").rename(cut / "checkpoint-9")
+    flip_in_the_middle(cut / "checkpoint-9" / "model.safetensors")
+    tiny_train(cut, resume_from_checkpoint=True, save_total_limit=limit, **OPTIONS)
+    kept = sorted(path.name for path in cut.glob("*checkpoint*"))
+    assert kept == ["checkpoint-3", "checkpoint-4"][-limit:]
+    assert all(fault(cut / name) is None for name in kept)
+
+
+def test_the_best_checkpoint_stays_where_others_go(tmp_path):
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    latest, best = tmp_path / "checkpoint-4", tmp_path / "checkpoint-1"
+    rotate(latest, str(best), None)
+    assert len(list(tmp_path.iterdir())) == 4
+    rotate(latest, str(best), 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    rotate(latest, str(best), 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4"]
 
 
 def test_what_a_kill_has_left_is_removed_by_the_next_checkpoint(cut):
