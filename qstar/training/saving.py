@@ -81,10 +81,7 @@ class CheckpointTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         folder = partial(checkpoint)
         self.save_model(str(folder), _internal_call=True)
-        if self.state.best_global_step:
-            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            if best == checkpoint or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
+        self._find_best(run, checkpoint)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
@@ -104,6 +101,13 @@ class CheckpointTrainer(Trainer):
             self._push_from_checkpoint(str(checkpoint))
         if self.args.should_save:
             rotate(checkpoint, self.state.best_model_checkpoint, self.args.save_total_limit)
+
+    def _find_best(self, run: Path, written: Path | None = None) -> None:
+        """Name the best checkpoint where it lies now: the folder of the run may have moved."""
+        if self.state.best_global_step:
+            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best == written or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -156,6 +160,7 @@ class CheckpointTrainer(Trainer):
         set_random_state(read_state(path), self.args.device)
 
     def _load_best_model(self) -> None:
+        self._find_best(self.args.folder)
         best = cast(str, self.state.best_model_checkpoint)
         wrong = fault(Path(best))
         if wrong is not None:
