@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from qstar.model import PREFIX, QuietStarModel
 from qstar.training.checkpoints import begin, checkpoint_to_resume, fault, finish, is_finished, partial, rotate
@@ -36,8 +36,8 @@ class CheckpointTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and args.save_strategy != "no":
             raise ValueError(
-                f"save_strategy is {str(args.save_strategy)!r}, but with sharded training (FSDP, DeepSpeed) it must be "
-                "'no': such checkpoints could only be read by unpickling"
+                f"save_strategy is {SaveStrategy(args.save_strategy).value!r}, but with sharded training (FSDP, "
+                "DeepSpeed) it must be 'no': such checkpoints could only be read by unpickling"
             )
 
     @property

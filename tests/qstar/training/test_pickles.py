@@ -11,10 +11,13 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from tiny_runs import tiny_train
+from tiny_runs import QUIET, tiny_train
+from transformers import Trainer
 
 from qstar import load, wrap
 from qstar.training.checkpoints import MANIFEST_FILE, begin, finish, partial
+from qstar.training.settings import QuietStarArguments
+from qstar.training.trainer import QuietStarTrainer
 
 OPTIONS = dict(max_steps=3, save_strategy="steps", save_steps=1)
 READ_BY_TRANSFORMERS = (
@@ -135,3 +138,23 @@ def test_a_bomb_in_the_weights_of_a_model_does_not_explode(thinking, bomb, tmp_p
         with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
             load(folder)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_training_writes_no_checkpoints(kind, tmp_path, monkeypatch):
+    """Those of FSDP and DeepSpeed are pickles, in part."""
+    begin = Trainer.__init__
+
+    def sharded(trainer, *args, **kwargs):
+        begin(trainer, *args, **kwargs)
+        setattr(trainer, kind, True)
+
+    monkeypatch.setattr(Trainer, "__init__", sharded)
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
+    for strategy in ("steps", "epoch"):
+        args = QuietStarArguments(str(tmp_path), **(QUIET | dict(save_strategy=strategy)))
+        with pytest.raises(
+            ValueError, match=f"save_strategy is '{strategy}', but with sharded training .* must be 'no'"
+        ):
+            QuietStarTrainer(model, args)
+    assert getattr(QuietStarTrainer(model, QuietStarArguments(str(tmp_path), **QUIET)), kind)
