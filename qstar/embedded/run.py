@@ -25,7 +25,8 @@ from qstar.evaluation.tables import table
 from qstar.model import QuietStarModel
 from qstar.talking import text_loss
 from qstar.training.fit import TrainResult, fit
-from qstar.training.run import output_folder, split_settings
+from qstar.training.folders import run_folder
+from qstar.training.run import split_settings
 from qstar.training.settings import QuietStarArguments
 from qstar.training.trainer import QuietStarTrainer
 from qstar.wrapping import wrap
@@ -88,6 +89,7 @@ def train_embedded(output_dir: str | Path | None = None, **settings: Any) -> Tra
         TypeError: a setting that does not exist.
         ValueError: a setting with a wrong value, or one that the embedded default cannot use.
         FileExistsError: ``output_dir`` holds an earlier run.
+        BlockingIOError: another run is in ``output_dir`` at this time.
     """
     for name in REFUSED:
         if name in settings:
@@ -95,7 +97,11 @@ def train_embedded(output_dir: str | Path | None = None, **settings: Any) -> Tra
                 f"{name} is {settings[name]!r}, but the embedded default has its own: qstar.train() takes it"
             )
     thoughts, settings = split_settings("train_embedded()", settings)
-    folder = output_folder(output_dir, resume=None)
+    with run_folder(output_dir, resume=None) as folder:
+        return _train_and_compare(folder, thoughts, settings)
+
+
+def _train_and_compare(folder: Path, thoughts: dict[str, Any], settings: dict[str, Any]) -> TrainResult:
     began = time.monotonic()
     settings = SETTINGS | settings
     args = QuietStarArguments(output_dir=str(folder), **settings)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qstar.cpu import keep_freed_memory
 from qstar.data import AnyDataset
 from qstar.model import QuietStarModel
-from qstar.training.checkpoints import is_finished, last_whole_checkpoint
 from qstar.training.savable import check_savable
+from qstar.training.saving import SETTINGS_FILE
 from qstar.training.settings import QuietStarArguments
+from qstar.training.stopping import StopWithCheckpoint
 from qstar.training.trainer import QuietStarTrainer
 
 logger = logging.getLogger(__name__)
-
-SETTINGS_FILE = "training_args.json"
 
 
 @dataclass
@@ -51,23 +52,26 @@ def fit(
 
     Raises:
         ValueError, OSError: the model could not be saved there, see :func:`qstar.training.savable.check_savable`.
+        ValueError: a given checkpoint is not as it was written.
         FloatingPointError: the loss or a gradient is not finite.
+        SystemExit: SIGINT (Ctrl-C, code 130) or SIGTERM (143) came, and a checkpoint was saved after the step at hand;
+            with ``save_strategy="no"`` the signals do what they do elsewhere.
     """
     if args.device.type == "cpu":
         keep_freed_memory()
-    checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
-    if resume_from_checkpoint is True:
-        checkpoint = last_whole_checkpoint(args.folder)
-        if checkpoint is None:
-            logger.warning("%s holds no whole checkpoint: training begins at the beginning", args.output_dir)
     check_savable(model, args.folder)
     trainer = QuietStarTrainer(model, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
-    trained: dict[str, float] = {}
-    if checkpoint is not None and is_finished(checkpoint, args.max_steps, args.num_train_epochs):
-        logger.warning("%s is the end of its run: there is nothing left to train", checkpoint)
-        trainer.take_up(checkpoint)
+    stop = StopWithCheckpoint()
+    if args.save_strategy == "no":
+        trained = trainer.train(resume_from_checkpoint).metrics
     else:
-        trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        trainer.add_callback(stop)
+        with stop.listening():
+            trained = trainer.train(resume_from_checkpoint).metrics
+    if stop.received:
+        name, step = Signals(stop.received).name, trainer.state.global_step
+        logger.warning("stopped by %s: %s goes on from here", name, args.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        raise SystemExit(128 + stop.received)
     trainer.save_model()
     trainer.save_state()
     if held_out is not None and args.eval_strategy == "no":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,10 +15,9 @@ from qstar.config import CONFIG_FILE, SIZES, ThoughtSettings, check_names, setti
 from qstar.data import AnyDataset, read_rows, read_texts
 from qstar.data.load import check_name
 from qstar.model import QuietStarModel
-from qstar.training.checkpoints import last_whole_checkpoint
-from qstar.training.fit import SETTINGS_FILE, TrainResult, fit
+from qstar.training.fit import TrainResult, fit
+from qstar.training.folders import run_folder
 from qstar.training.settings import QuietStarArguments
-from qstar.training.trainer import METRICS_FILE
 from qstar.wrapping import load, wrap
 
 
@@ -41,8 +41,8 @@ def train(
             ``runs/quiet-star-2``, ...
         tokenizer: of a model object; found by the model's name by default.
         eval_dataset: held-out text, evaluated as ``eval_strategy`` says, or at the end.
-        resume_from_checkpoint: go on with the last checkpoint in ``output_dir`` that a kill has not cut short, from the
-            beginning if there is none (True), or with a given one.
+        resume_from_checkpoint: go on with the last checkpoint in ``output_dir`` that is whole, every file as it was
+            written, from the beginning if there is none (True), or with a given one.
         settings: any field of :class:`qstar.config.ThoughtSettings` (``thought_tokens``, ``ahead_tokens``,
             ``rationales``, ``sigmoid``, ``start_init``, ...) and of :class:`qstar.QuietStarArguments`, and so of
             ``TrainingArguments`` (``learning_rate``, ``seq_length``, ``seed``, ``text_column``, ``max_steps``, ...);
@@ -54,40 +54,43 @@ def train(
     Raises:
         TypeError: a setting that does not exist.
         ValueError: model or dataset is missing; a setting with a wrong value, or one that would be ignored; a model
-            that cannot think; data that cannot be read, or hold no token to predict.
+            that cannot think; data that cannot be read, or hold no token to predict; a given checkpoint with a file
+            that is not as it was written.
         FileNotFoundError: model or dataset is neither here nor a name that the hub has or could have.
         FileExistsError: ``output_dir`` holds an earlier run.
+        BlockingIOError: another run is in ``output_dir`` at this time.
+        SystemExit: SIGINT (Ctrl-C) or SIGTERM came, and a checkpoint was saved, see :func:`qstar.training.fit.fit`.
     """
     thoughts, settings = split_settings("train()", settings)
     if model is None or dataset is None:
         missing = "model" if model is None else "dataset"
         raise ValueError(f"{missing} is missing: give a model and a dataset (qstar.train_embedded() needs neither)")
-    folder = output_folder(output_dir, resume_from_checkpoint)
-    named = model.name_or_path if isinstance(model, PreTrainedModel) else model
-    if named and Path(named).resolve() == folder.resolve():
-        raise ValueError(f"output_dir is {str(folder)!r}, but the model is there: training would write over it")
-    args = QuietStarArguments(output_dir=str(folder), **settings)
-    args.check_documents(dataset, eval_dataset)
-    for name, value, default in (("eval_split", args.eval_split, "test"), ("eval_config", args.eval_config, None)):
-        if eval_dataset is None and value != default:
-            raise ValueError(f"{name} is {value!r}, but there is no eval_dataset that it could be of")
-    set_seed(args.seed)
-    check_model_name(model)
-    texts = read_texts(dataset, args.dataset_split, args, args.dataset_config)
-    if isinstance(texts, IterableDataset) and args.max_steps <= 0:
-        raise ValueError(
-            f"max_steps is {args.max_steps}, but a streamed dataset has no length: give the steps to train for"
-        )
-    held_texts = None
-    if eval_dataset is not None:
-        held_texts = read_texts(eval_dataset, args.eval_split, args, args.eval_config, "eval_dataset")
-    thinking, tokenizer = open_model(model, tokenizer, thoughts)
-    rows = read_rows(texts, tokenizer, args, dataset)
-    if isinstance(rows, IterableDataset):
-        rows = rows.repeat(None)  # one pass without end: a run that is resumed beyond the first finds its place
-    held_out = None if held_texts is None else read_rows(held_texts, tokenizer, args, eval_dataset, "eval_dataset")
-    metrics = fit(thinking, tokenizer, args, rows, held_out, resume_from_checkpoint)
-    return TrainResult(thinking, tokenizer, metrics, folder)
+    with run_folder(output_dir, resume_from_checkpoint) as folder:
+        named = model.name_or_path if isinstance(model, PreTrainedModel) else model
+        if named and Path(named).resolve() == folder.resolve():
+            raise ValueError(f"output_dir is {str(folder)!r}, but the model is there: training would write over it")
+        args = QuietStarArguments(output_dir=str(folder), **settings)
+        args.check_documents(dataset, eval_dataset)
+        for name, value, default in (("eval_split", args.eval_split, "test"), ("eval_config", args.eval_config, None)):
+            if eval_dataset is None and value != default:
+                raise ValueError(f"{name} is {value!r}, but there is no eval_dataset that it could be of")
+        set_seed(args.seed)
+        check_model_name(model)
+        texts = read_texts(dataset, args.dataset_split, args, args.dataset_config)
+        if isinstance(texts, IterableDataset) and args.max_steps <= 0:
+            raise ValueError(
+                f"max_steps is {args.max_steps}, but a streamed dataset has no length: give the steps to train for"
+            )
+        held_texts = None
+        if eval_dataset is not None:
+            held_texts = read_texts(eval_dataset, args.eval_split, args, args.eval_config, "eval_dataset")
+        thinking, tokenizer = open_model(model, tokenizer, thoughts)
+        rows = read_rows(texts, tokenizer, args, dataset)
+        if isinstance(rows, IterableDataset):
+            rows = rows.repeat(None)  # one pass without end: a run that is resumed beyond the first finds its place
+        held_out = None if held_texts is None else read_rows(held_texts, tokenizer, args, eval_dataset, "eval_dataset")
+        metrics = fit(thinking, tokenizer, args, rows, held_out, resume_from_checkpoint)
+        return TrainResult(thinking, tokenizer, metrics, folder)
 
 
 def split_settings(call: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -129,13 +132,23 @@ def check_model_name(model: str | Path | PreTrainedModel) -> None:
 def open_model(
     model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, thoughts: dict[str, Any]
 ) -> tuple[QuietStarModel, PreTrainedTokenizerBase]:
-    """A model that thinks, from a name, a folder or a model object; the weights of a named one in float32."""
+    """A model that thinks, from a name, a folder or a model object; the weights of a named one in float32.
+
+    Raises:
+        ValueError: its weights are a pickle that could run code; or what :func:`qstar.wrap` refuses.
+    """
     if not isinstance(model, PreTrainedModel):
-        if (Path(model) / CONFIG_FILE).is_file():
-            loaded, stored = load(model, dtype=torch.float32)
-            return resized(loaded, thoughts), tokenizer or stored
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+        try:
+            if (Path(model) / CONFIG_FILE).is_file():
+                loaded, stored = load(model, dtype=torch.float32)
+                return resized(loaded, thoughts), tokenizer or stored
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+        except UnpicklingError as error:  # whose own words advise to read it all the same
+            raise ValueError(
+                f"model is {str(model)!r}, but its weights are a pickle that holds more than tensors: it is not read, "
+                "since that could run any code"
+            ) from error
     if tokenizer is None:
         if not model.name_or_path:
             raise ValueError("tokenizer is missing: the model object has no name to find it by")
@@ -157,47 +170,3 @@ def resized(model: QuietStarModel, thoughts: dict[str, Any]) -> QuietStarModel:
             raise ValueError(f"{name} is {value!r}, but the model was made with {made_with!r}: leave it out")
     model.qstar = replace(model.qstar, **thoughts)
     return model
-
-
-def output_folder(output_dir: str | Path | None, resume: bool | str | Path | None) -> Path:
-    """The folder of a run: the given one, the one of what is resumed, or the first free default.
-
-    Raises:
-        FileExistsError: it holds an earlier run, which is not resumed.
-        FileNotFoundError: there is no run to resume.
-        ValueError: there are several.
-    """
-    if output_dir is not None:
-        folder = Path(output_dir)
-        if not resume and (folder / METRICS_FILE).exists():
-            raise FileExistsError(
-                f"output_dir is {str(folder)!r}, but it holds an earlier run: go on with it by "
-                "resume_from_checkpoint=True, or choose another folder"
-            )
-        return folder
-    if resume and resume is not True:
-        return Path(resume).parent
-    default = Path("runs/quiet-star")
-    if resume:
-        return _unfinished_run(default)
-    folder, number = default, 1
-    while folder.exists():
-        number += 1
-        folder = default.with_name(f"{default.name}-{number}")
-    return folder
-
-
-def _unfinished_run(default: Path) -> Path:
-    """The one folder beside ``default`` whose run was cut short; that with a checkpoint, where others have none."""
-    begun = sorted(path.parent for path in default.parent.glob(f"{default.name}*/{METRICS_FILE}"))
-    cut = [folder for folder in begun if not (folder / SETTINGS_FILE).exists()]
-    cut = [folder for folder in cut if last_whole_checkpoint(folder) is not None] or cut
-    if not cut:
-        raise FileNotFoundError(
-            f"resume_from_checkpoint is True, but no run in {default.parent} was cut short: name one by output_dir"
-        )
-    if len(cut) > 1:
-        raise ValueError(
-            f"resume_from_checkpoint is True, but {', '.join(map(str, cut))} were all cut short: name one by output_dir"
-        )
-    return cut[0]

@@ -37,7 +37,8 @@ def check_savable(model: QuietStarModel, folder: Path) -> None:
                 model.generation_config.save_pretrained(trial)
             except ValueError as error:
                 raise ValueError(f"model.generation_config could not be saved: {error}") from error
-    _check_folder(folder, model.num_parameters() * model.dtype.itemsize)
+    make_folder(folder)
+    _check_room(folder, model.num_parameters() * model.dtype.itemsize)
 
 
 def _check_loaded_as(model: PreTrainedModel, base: type) -> None:
@@ -51,7 +52,12 @@ def _check_loaded_as(model: PreTrainedModel, base: type) -> None:
         )
 
 
-def _check_folder(folder: Path, size: int) -> None:
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` where it is missing.
+
+    Raises:
+        OSError: it cannot be written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -60,6 +66,9 @@ def _check_folder(folder: Path, size: int) -> None:
         raise OSError(
             f"output_dir is {str(folder)!r}, but it cannot be written to: {error.strerror or error}"
         ) from error
+
+
+def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(

@@ -7,24 +7,21 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ProgressCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_callback import ProgressCallback
 
 from qstar.data import PadRight
 from qstar.evaluation.held_out import evaluate_rows
 from qstar.evaluation.tables import finite_or_none
 from qstar.grid import Counts
 from qstar.learning import Objective, QuietStarOutput
-from qstar.model import PREFIX, QuietStarModel
+from qstar.model import QuietStarModel
 from qstar.talking import read_batch
 from qstar.training.callbacks import ProgressLine, show_thoughts
+from qstar.training.saving import CheckpointTrainer
 from qstar.training.settings import QuietStarArguments
 
 logger = logging.getLogger(__name__)
@@ -34,7 +31,7 @@ LOGGED = ("likelihood_loss", "policy_loss", "nll_base", "nll_talk", "reward", "r
 IGNORED_HOOKS = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
 
 
-class QuietStarTrainer(Trainer):
+class QuietStarTrainer(CheckpointTrainer):
     """transformers' Trainer for a model from :func:`qstar.wrap`.
 
     Every logged value also goes to ``metrics.jsonl`` in the output folder. Rows are dictionaries of ``input_ids`` and
@@ -46,8 +43,6 @@ class QuietStarTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = False
-
-    args: QuietStarArguments
 
     def __init__(self, model: QuietStarModel, args: QuietStarArguments, **kwargs: Any):
         for name in IGNORED_HOOKS:
@@ -73,11 +68,6 @@ class QuietStarTrainer(Trainer):
         self._seen: dict[str, list[Tensor]] = defaultdict(list)
         self._batch_of_step = (-1, 0)
         self.counts: Counts | None = None
-
-    @property
-    def thinking_model(self) -> QuietStarModel:
-        """The model, without what wraps it for several processes."""
-        return cast(QuietStarModel, self.accelerator.unwrap_model(cast(nn.Module, self.model)))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -241,30 +231,3 @@ class QuietStarTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write its state last, also where it replaces one, so that :func:`last_whole_checkpoint` knows it."""
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.is_fsdp_enabled:  # its checkpoints hold every tensor, ours included
-            return
-        self.thinking_model.load_thoughts(resume_from_checkpoint)
-
-    def take_up(self, checkpoint: Path) -> None:
-        """Have the model and the state of ``checkpoint`` without training on."""
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Our parameters are not missing: :meth:`QuietStarModel.load_thoughts` reads them from files of their own."""
-        missing = [name for name in load_result.missing_keys if not name.startswith(PREFIX)]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.thinking_model.load_thoughts(cast(str, self.state.best_model_checkpoint))

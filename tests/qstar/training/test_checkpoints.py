@@ -94,6 +94,27 @@ def test_the_model_that_is_kept_as_the_best_is_the_best(tmp_path):
         assert torch.equal(tensor, kept[name]), name
 
 
+def test_a_finished_run_that_kept_the_best_is_taken_up_with_the_best(tmp_path):
+    """Also where its folder has moved. A metric that gets worse with every step makes the first checkpoint the best."""
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
+    options |= dict(eval_dataset=texts(4), metric_for_best_model="eval_epoch", greater_is_better=False)
+
+    class Epochs(QuietStarTrainer):
+        def evaluate(self, *args, **kwargs):
+            return super().evaluate(*args, **kwargs) | {"eval_epoch": self.state.epoch}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qstar.training.fit.QuietStarTrainer", Epochs)
+        first = tiny_train(tmp_path / "run", load_best_model_at_end=True, **options).model.state_dict()
+        moved = (tmp_path / "run").rename(tmp_path / "moved")
+        again = tiny_train(moved, load_best_model_at_end=True, resume_from_checkpoint=True, **options)
+    kept, last = (load(moved / f"checkpoint-{step}")[0].state_dict() for step in (1, 2))
+    assert not all(torch.equal(kept[name], last[name]) for name in kept)
+    for name, tensor in again.model.state_dict().items():
+        assert torch.equal(tensor, kept[name]), name
+        assert torch.equal(first[name], kept[name]), name
+
+
 @pytest.mark.parametrize("what", ["the loss", "the gradient of qstar_mixing_head.output.weight"])
 def test_a_run_that_is_not_finite_stops_before_the_step(what, tmp_path):
     """The checkpoint before it is whole, the weights are those of it, and the message names what went wrong."""
