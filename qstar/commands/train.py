@@ -12,7 +12,8 @@ from qstar.config import ThoughtSettings, setting_names
 from qstar.embedded.run import SETTINGS, SIZES, train_embedded
 from qstar.training.config_file import BOOLEANS, default_of, read_settings, typed_fields, written
 from qstar.training.dry_run import dry_run
-from qstar.training.run import split_settings, train
+from qstar.training.prepare import split_settings
+from qstar.training.run import train
 from qstar.training.settings import QuietStarArguments, RunSettings
 
 KINDS = (RunSettings, ThoughtSettings, QuietStarArguments)

@@ -26,7 +26,7 @@ from qstar.model import QuietStarModel
 from qstar.talking import text_loss
 from qstar.training.fit import TrainResult, fit
 from qstar.training.folders import run_folder
-from qstar.training.run import split_settings
+from qstar.training.prepare import split_settings
 from qstar.training.settings import QuietStarArguments
 from qstar.training.trainer import QuietStarTrainer
 from qstar.wrapping import wrap

@@ -16,14 +16,13 @@ from typing import Any, cast
 import torch
 from datasets import IterableDataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from qstar.cpu import keep_freed_memory
-from qstar.data import AnyDataset, read_rows, read_texts
-from qstar.model import QuietStarModel
-from qstar.training.run import check_model_name, open_model, split_settings
+from qstar.training.folders import DEFAULT
+from qstar.training.prepare import Prepared, prepare, split_settings
 from qstar.training.savable import check_savable
 from qstar.training.settings import QuietStarArguments
 from qstar.training.trainer import METRICS_FILE, QuietStarTrainer
@@ -32,7 +31,6 @@ OTHERWISE: dict[str, Any] = dict(
     push_to_hub=False, eval_on_start=False, report_to="none", disable_tqdm=True, sample_steps=0
 )  # in the step that is tried
 MIB, GIB = 2**20, 2**30
-DEFAULT = Path("runs/quiet-star")
 
 
 @dataclass(frozen=True)
@@ -124,10 +122,16 @@ def dry_run(**given: Any) -> DryRun:
     if given.pop("resume_from_checkpoint", None):
         raise ValueError("resume_from_checkpoint is given, but the first step of a run is tried: leave it out")
     folder = folder_of(given.pop("output_dir", None))
-    prepared = prepare(folder, **given)
+    named = [given.pop(name, None) for name in ("model", "dataset", "eval_dataset")]
+    thoughts, settings = split_settings("train()", given)
+    for name, value in zip(("model", "dataset"), named, strict=False):
+        if value is None:
+            raise ValueError(f"{name} is missing: give a model and a dataset, whose first step is tried")
+    model, dataset, eval_dataset = named
+    prepared = prepare(folder, model, dataset, None, eval_dataset, thoughts, settings)
     there = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
     with tempfile.TemporaryDirectory(prefix=".qstar-dry-run-", dir=there) as place:
-        args = QuietStarArguments(**(prepared.settings | OTHERWISE | {"output_dir": place}))
+        args = QuietStarArguments(**(settings | OTHERWISE | {"output_dir": place}))
         return tried(prepared, args, folder)
 
 
@@ -146,49 +150,6 @@ def folder_of(output_dir: str | Path | None) -> Path:
             "resume_from_checkpoint=True, or choose another folder"
         )
     return Path(output_dir)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run up to its first step."""
-
-    model: QuietStarModel
-    tokenizer: PreTrainedTokenizerBase
-    settings: dict[str, Any]
-    rows: AnyDataset
-    held_out: AnyDataset | None
-
-
-def prepare(folder: Path, model: str | Path | None = None, dataset: str | Path | None = None, **given: Any) -> Prepared:
-    """Read and resolve what :func:`qstar.train` would for a run in ``folder``."""
-    eval_dataset = given.pop("eval_dataset", None)
-    thoughts, settings = split_settings("train()", given)
-    if model is None or dataset is None:
-        missing = "model" if model is None else "dataset"
-        raise ValueError(f"{missing} is missing: give a model and a dataset, whose first step is tried")
-    if Path(model).resolve() == folder.resolve():
-        raise ValueError(f"output_dir is {str(folder)!r}, but the model is there: training would write over it")
-    args = QuietStarArguments(output_dir=str(folder), **settings)
-    args.check_documents(dataset, eval_dataset)
-    for name, value, default in (("eval_split", args.eval_split, "test"), ("eval_config", args.eval_config, None)):
-        if eval_dataset is None and value != default:
-            raise ValueError(f"{name} is {value!r}, but there is no eval_dataset that it could be of")
-    set_seed(args.seed)
-    check_model_name(model)
-    texts = read_texts(dataset, args.dataset_split, args, args.dataset_config)
-    if isinstance(texts, IterableDataset) and args.max_steps <= 0:
-        raise ValueError(
-            f"max_steps is {args.max_steps}, but a streamed dataset has no length: give the steps to train for"
-        )
-    held_texts = None
-    if eval_dataset is not None:
-        held_texts = read_texts(eval_dataset, args.eval_split, args, args.eval_config, "eval_dataset")
-    thinking, tokenizer = open_model(model, None, thoughts)
-    rows = read_rows(texts, tokenizer, args, dataset)
-    if isinstance(rows, IterableDataset):
-        rows = rows.repeat(None)
-    held_out = None if held_texts is None else read_rows(held_texts, tokenizer, args, eval_dataset, "eval_dataset")
-    return Prepared(thinking, tokenizer, settings, rows, held_out)
 
 
 def tried(prepared: Prepared, args: QuietStarArguments, folder: Path) -> DryRun:

@@ -14,7 +14,7 @@ from tiny_runs import QUIET, texts, tiny_train
 
 from qstar import evaluate, train
 from qstar.commands.main import main
-from qstar.training import run
+from qstar.training import prepare, run
 
 CHAT = "{% for m in messages %}{{ m['role'][0] + ' ' + m['content'] + ' ' }}{% endfor %}"
 EMPTY = Dataset.from_dict({"text": ["", ""]})
@@ -55,7 +55,7 @@ def test_documents_that_are_all_empty_are_refused_before_the_training(data, tmp_
 
 
 def test_an_empty_held_out_file_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "open_model", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(prepare, "open_model", lambda *_: pytest.fail("the model is loaded"))
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"a\.jsonl holds no rows"):
         tiny_train(tmp_path / "run", eval_dataset=str(tmp_path / "a.jsonl"))
@@ -65,13 +65,13 @@ def test_an_empty_held_out_file_is_refused_before_the_model_is_loaded(tmp_path, 
 
 @pytest.mark.parametrize("model", ["./model", "/no/such/model", "a model", "one/two/three"])
 def test_a_mistyped_model_is_named_before_the_data_are_read(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "read_texts", lambda *_: pytest.fail("the data are read"))
+    monkeypatch.setattr(prepare, "read_texts", lambda *_: pytest.fail("the data are read"))
     with pytest.raises(FileNotFoundError, match=f"model is '{model}', but there is no such file or folder"):
         train(model, texts(), output_dir=tmp_path / "run")
 
 
 def test_a_mistyped_dataset_is_named_before_a_model_is_loaded(folder, monkeypatch, capsys):
-    monkeypatch.setattr(run, "open_model", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(prepare, "open_model", lambda *_: pytest.fail("the model is loaded"))
     monkeypatch.setattr("qstar.commands.eval.load", lambda *_: pytest.fail("the model is loaded"))
     for command in (["train", "--model", str(folder / "model")], ["eval", str(folder / "model")]):
         for dataset, said in (("held.jsonl", "there is no such file"), ("my data", "could be no name on the hub")):

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from qstar import train
-from qstar.training.run import split_settings
+from qstar.training.prepare import split_settings
 from qstar.training.settings import IGNORED_ARGUMENTS, QuietStarArguments
 from qstar.training.trainer import IGNORED_HOOKS, QuietStarTrainer
 
