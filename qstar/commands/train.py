@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import Any, cast
 
+from torch import distributed
 from transformers import HfArgumentParser
 
 from qstar.config import ThoughtSettings, setting_names
@@ -43,8 +46,25 @@ def run(arguments: list[str]) -> None:
             raise ValueError("dry_run is given, but not a model and a dataset, whose first step could be tried")
         print(dry_run(**given))
         return
-    result = train(**given) if names_a_run(given) else train_embedded(**given)
-    print(f"saved in {result.folder}")
+    try:
+        result = train(**given) if names_a_run(given) else train_embedded(**given)
+        print(f"saved in {result.folder}")
+    except SystemExit as stop:  # after a signal, of which all processes know
+        leave_together(stop.code)
+        raise
+    leave_together(0)
+
+
+def leave_together(code: Any) -> None:
+    """End this process when all that trained with it have come here; nothing where it trained alone.
+
+    Not by an ordinary exit: the threads of gloo may abort a process there, or hang.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _parser() -> HfArgumentParser:
