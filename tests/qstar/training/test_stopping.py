@@ -116,7 +116,7 @@ def train_on(folder: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0])
 def test_a_run_that_is_killed_at_random_ends_with_the_same_weights(seed, tmp_path):
     """By SIGKILL, until it has come to its end: while it computes, and while it writes, renames and removes."""
     whole = tiny_train(tmp_path / "whole", **KILLED).model.state_dict()
