@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +20,11 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from qstar.cpu import keep_freed_memory
-from qstar.training.folders import DEFAULT
+from qstar.training.folders import check_unused, default_folders
 from qstar.training.prepare import Prepared, prepare, split_settings
 from qstar.training.savable import check_savable
 from qstar.training.settings import QuietStarArguments
-from qstar.training.trainer import METRICS_FILE, QuietStarTrainer
+from qstar.training.trainer import QuietStarTrainer
 
 OTHERWISE: dict[str, Any] = dict(
     push_to_hub=False, eval_on_start=False, report_to="none", disable_tqdm=True, sample_steps=0
@@ -142,13 +141,8 @@ def folder_of(output_dir: str | Path | None) -> Path:
         FileExistsError: it holds an earlier run.
     """
     if output_dir is None:
-        names = (DEFAULT if number == 1 else DEFAULT.with_name(f"{DEFAULT.name}-{number}") for number in count(1))
-        return next(folder for folder in names if not folder.exists())
-    if (Path(output_dir) / METRICS_FILE).exists():
-        raise FileExistsError(
-            f"output_dir is {str(output_dir)!r}, but it holds an earlier run: go on with it by "
-            "resume_from_checkpoint=True, or choose another folder"
-        )
+        return next(folder for folder in default_folders() if not folder.exists())
+    check_unused(Path(output_dir))
     return Path(output_dir)
 
 

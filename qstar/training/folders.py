@@ -46,12 +46,23 @@ def run_folder(output_dir: str | Path | None, resume: bool | str | Path | None) 
         yield folder  # which the first of the processes has
         return
     with _alone_in(folder):
-        if not resume and (folder / METRICS_FILE).exists():
-            raise FileExistsError(
-                f"output_dir is {str(folder)!r}, but it holds an earlier run: go on with it by "
-                "resume_from_checkpoint=True, or choose another folder"
-            )
+        if not resume:
+            check_unused(folder)
         yield folder
+
+
+def check_unused(folder: Path) -> None:
+    """Raise FileExistsError where ``folder`` holds an earlier run."""
+    if (folder / METRICS_FILE).exists():
+        raise FileExistsError(
+            f"output_dir is {str(folder)!r}, but it holds an earlier run: go on with it by "
+            "resume_from_checkpoint=True, or choose another folder"
+        )
+
+
+def default_folders() -> Iterator[Path]:
+    """The names of a run's folder where none is given, in their order."""
+    return (DEFAULT if number == 1 else DEFAULT.with_name(f"{DEFAULT.name}-{number}") for number in count(1))
 
 
 def _folder(output_dir: str | Path | None, resume: bool | str | Path | None) -> Path:
@@ -63,8 +74,7 @@ def _folder(output_dir: str | Path | None, resume: bool | str | Path | None) -> 
         return Path(resume).parent
     if get_int_from_env(("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), 1) > 1:
         raise ValueError("output_dir is missing: each of several processes would find another one free")
-    for number in count(1):
-        folder = DEFAULT if number == 1 else DEFAULT.with_name(f"{DEFAULT.name}-{number}")
+    for folder in default_folders():
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):  # another run was quicker
