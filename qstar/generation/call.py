@@ -109,14 +109,14 @@ class Call:
             listener=getattr(self._streamer, "put_thoughts", None),
         )
 
-    def _first_pass(self, shortest: int, prompt_length: int) -> int:
-        """How many tokens of the shortest prompt are read in one pass, or were for the cache that is gone on from."""
+    def _first_pass(self, shortest: int, prompt_length: int) -> int | None:
+        """How many tokens of the shortest prompt are read first where a cache or chunks say so, see ``check_room``."""
         padding = prompt_length - shortest
         if self.cache.text is not None:
             return self.cache.text.length - padding
         if self.config.prefill_chunk_size is not None:
             return min(self.config.prefill_chunk_size, prompt_length) - padding
-        return max(shortest - 1, 1)
+        return None
 
     def _guessing(self, beams: int, processors: LogitsProcessorList) -> Guessing | None:
         if check_drafts(self.settings, self._guesses | dict(synced_gpus=self._synced), beams) is not None:
@@ -192,7 +192,5 @@ class Call:
         if pad is None or (len(said) == 1 and not isinstance(output, GenerateBeamDecoderOnlyOutput)):
             return torch.ones_like(said, dtype=torch.bool)
         ends = torch.isin(said, self._eos().to(said.device))
-        filling = (
-            (said == pad).long().flip(1).cumprod(1).flip(1).bool()
-        )  # at the end of a row; also after a stop string
+        filling = (said == pad).long().flip(1).cumprod(1).flip(1).bool()  # at a row's end, also after a stop string
         return (ends.cumsum(1) == ends) & (ends | ~filling)

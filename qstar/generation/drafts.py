@@ -61,9 +61,12 @@ class Choice:
         return token if self.pad is None else torch.where(self.ended(tokens), self.pad, token)
 
     def ended(self, tokens: Tensor) -> Tensor:
-        """Which rows of ``tokens`` ``[B, N]`` have come to their end, ``[B]`` boolean."""
-        last = tokens[:, -1]
-        return torch.isin(last, self.eos) | (last == (-1 if self.pad is None else self.pad))
+        """Which rows of ``tokens`` ``[B, N]`` have come to their end, where rows do, ``[B]`` boolean."""
+        return torch.isin(tokens[:, -1], self.eos) | (tokens[:, -1] == self.pad)
+
+    def all_ended(self, tokens: Tensor) -> bool:
+        """Whether all rows have; the device is not asked where none does."""
+        return self.pad is not None and bool(self.ended(tokens).all())
 
 
 def _is_pure(processor: LogitsProcessor) -> bool:
@@ -114,7 +117,7 @@ class FromModel:
             states.append(reader.read(text))
             logits = reader.head.logits(states[-1][:, -1])
             text = text.followed_by(choice(text.tokens, logits)[:, None])
-            if choice.ended(text.tokens).all():
+            if choice.all_ended(text.tokens):
                 break
         return text.tokens[:, length:], torch.cat(states, dim=1)
 
@@ -175,7 +178,7 @@ class FromAssistant:
             logits = self._next(text)[:, :vocabulary].to(text.tokens.device)
             logits = F.pad(logits, (0, vocabulary - logits.shape[1]), value=-torch.inf)
             text = text.followed_by(choice(text.tokens, logits)[:, None])
-            if choice.ended(text.tokens).all():
+            if choice.all_ended(text.tokens):
                 break
         return text.tokens[:, length:], None
 
