@@ -25,12 +25,13 @@ from qstar_kernels.thought_attention.gluon.ring import (
 
 @gluon.jit
 def attend(
-    acc, total, top, q_tile, ring, item, tiles, start, scale, first, last,
-    MASKED: gl.constexpr, HALF: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
+    acc, total, top, q_tile, ring, item, tiles, whole, start, scale, first, last,
+    HALF: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Rows q over the next ``tiles`` of the ring of keys and values; the first holds the keys from ``start`` on.
 
-    MASKED if a row may see only the keys from its ``first`` to its ``last``; ``scale`` in units of log2(e).
+    Of all tiles but the first ``whole`` a row sees only the keys from its ``first`` to its ``last``; ``scale`` in units
+    of log2(e). There is at least one tile: see :func:`consume`.
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -38,11 +39,11 @@ def attend(
         await_item(ring, item)
         s = gl.zeros([HALF, KEYS], gl.float32, SCORES)
         s = warpgroup_mma(q_tile, tile_of(ring.tiles, item, KEYS, D).permute([1, 0]), s, use_acc=False)
-        if MASKED:
+        if tile >= whole:
             keys = start + tile * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
             s = gl.where((keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None]), s, float("-inf"))
         new_top = gl.maximum(top, gl.max(s, 1) * scale)
-        shift = gl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+        shift = gl.where(new_top == float("-inf"), 0.0, new_top)
         p = gl.exp2(s * scale - shift[:, None])
         shrink = gl.exp2(top - shift)
         total = total * shrink + gl.sum(p, 1)
@@ -60,6 +61,9 @@ def consume(
     half, out, lse, row_ring, key_ring, works, grid, scale,
     ROWS: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr, HAS_OWN: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
+    """Every loop over keys has a tile: where the first could have none, NVIDIA's assembler lets the next one read
+    descriptors of the rows that only the first would have set.
+    """
     HALF: gl.constexpr = ROWS // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -79,20 +83,15 @@ def consume(
         if HAS_OWN:
             first, last = own_cells(cell, grid)
             acc, total, top, key_item = attend(
-                acc, total, top, q_tile, key_ring, key_item, own_tiles, own_begin, scale, first, last,
-                MASKED=True, HALF=HALF, KEYS=KEYS, D=D,
+                acc, total, top, q_tile, key_ring, key_item, own_tiles, 0, own_begin, scale, first, last,
+                HALF=HALF, KEYS=KEYS, D=D,
             )  # fmt: skip
         # By now the output of the rows before has left its place.
         tma.store_wait(0)
         release(row_ring, row_item - 2, pred=row_item >= 2)
-        full_tiles = whole_tiles(first_cell, text_tiles, grid, KEYS)
         acc, total, top, key_item = attend(
-            acc, total, top, q_tile, key_ring, key_item, full_tiles, 0, scale, position, position,
-            MASKED=False, HALF=HALF, KEYS=KEYS, D=D,
-        )  # fmt: skip
-        acc, total, top, key_item = attend(
-            acc, total, top, q_tile, key_ring, key_item, text_tiles - full_tiles, full_tiles * KEYS, scale,
-            0 * position, position, MASKED=True, HALF=HALF, KEYS=KEYS, D=D,
+            acc, total, top, q_tile, key_ring, key_item, text_tiles, whole_tiles(first_cell, text_tiles, grid, KEYS), 0,
+            scale, 0 * position, position, HALF=HALF, KEYS=KEYS, D=D,
         )  # fmt: skip
 
         batch = pair // grid.kv_heads

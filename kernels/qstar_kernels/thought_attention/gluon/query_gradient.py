@@ -53,8 +53,8 @@ def make_delta(
 
 @gluon.jit
 def add_query_gradient(
-    dq, q_tile, do_tile, row_lse, row_delta, ring, item, tiles, start, scale, first, last,
-    MASKED: gl.constexpr, HALF: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
+    dq, q_tile, do_tile, row_lse, row_delta, ring, item, tiles, whole, start, scale, first, last,
+    HALF: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """dq, before the scale, plus what the next ``tiles`` of the ring give; the other words as in the forward."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -68,7 +68,7 @@ def add_query_gradient(
         dp = warpgroup_mma(do_tile, v_tile.permute([1, 0]), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, [s])
         p = gl.exp2(s * scale - row_lse[:, None])
-        if MASKED:
+        if tile >= whole:
             keys = start + tile * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
             p = gl.where((keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None]), p, 0.0)
         await_item(ring, item)  # long since full, but a branch: else the assembler waits for dp before it makes p
@@ -110,20 +110,16 @@ def consume(
         if HAS_OWN:
             first, last = own_cells(cell, grid)
             acc, key_item = add_query_gradient(
-                acc, q_tile, do_tile, row_lse, row_delta, key_ring, key_item, own_tiles, own_begin,
-                scale * LOG2E, first, last, MASKED=True, HALF=HALF, KEYS=KEYS, D=D,
+                acc, q_tile, do_tile, row_lse, row_delta, key_ring, key_item, own_tiles, 0, own_begin,
+                scale * LOG2E, first, last, HALF=HALF, KEYS=KEYS, D=D,
             )  # fmt: skip
         # By now the gradient of the rows before has left its place.
         tma.store_wait(0)
         release(row_ring, row_item - 2, pred=row_item >= 2)
-        full_tiles = whole_tiles(first_cell, text_tiles, grid, KEYS)
         acc, key_item = add_query_gradient(
-            acc, q_tile, do_tile, row_lse, row_delta, key_ring, key_item, full_tiles, 0, scale * LOG2E, position,
-            position, MASKED=False, HALF=HALF, KEYS=KEYS, D=D,
-        )  # fmt: skip
-        acc, key_item = add_query_gradient(
-            acc, q_tile, do_tile, row_lse, row_delta, key_ring, key_item, text_tiles - full_tiles,
-            full_tiles * KEYS, scale * LOG2E, 0 * position, position, MASKED=True, HALF=HALF, KEYS=KEYS, D=D,
+            acc, q_tile, do_tile, row_lse, row_delta, key_ring, key_item, text_tiles,
+            whole_tiles(first_cell, text_tiles, grid, KEYS), 0, scale * LOG2E, 0 * position, position,
+            HALF=HALF, KEYS=KEYS, D=D,
         )  # fmt: skip
         q_tile.store((acc * scale).to(q_tile.dtype))
         fence_async_shared()

@@ -72,13 +72,16 @@ def pass_by(ring, items):
 
 @gluon.jit
 def add_key_gradients(
-    dk, dv, k_tile, v_tile, row_ring, numbers, begin_item, end_item, begin, first_key, slots, scale,
-    MASKED: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr,
+    dk, dv, k_tile, v_tile, row_ring, numbers, blind, full, items, begin, first_key, slots, scale,
+    ROWS: gl.constexpr, GROUP: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """dk, before the scale, and dv plus what the row tiles begin_item .. end_item give; tile 0 is at cell ``begin``."""
+    """dk, before the scale, and dv plus what the row tiles blind .. items give; tile 0 is at cell ``begin``.
+
+    From tile ``full`` on every row sees every key.
+    """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    for item in range(begin_item, end_item):
+    for item in range(blind, items):
         place = item % row_ring.tiles.shape[0]
         zeros = gl.zeros([HALF, ROWS], gl.float32, SCORES)
         await_item(row_ring, item)
@@ -91,7 +94,7 @@ def add_key_gradients(
         dp, s = warpgroup_mma_wait(0, [dp, s])
         row_lse = numbers.lse.index(place).load(gl.SliceLayout(0, SCORES))
         p = gl.exp2(s * scale - row_lse[None, :])
-        if MASKED:
+        if item < full:
             keys = first_key + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
             rows = gl.arange(0, ROWS, gl.SliceLayout(0, SCORES))
             cell = begin + item * (ROWS // GROUP) + rows // GROUP
@@ -133,21 +136,17 @@ def consume(
     first_key += half * HALF
     items = gl.cdiv(end - begin, CELLS)
     blind = gl.minimum(gl.maximum(first_key * grid.slots - begin, 0) // CELLS, items)
-    seeing = gl.cdiv(gl.maximum((first_key + HALF - 1) * grid.slots - begin, 0), CELLS)
-    full = gl.maximum(gl.minimum(seeing, items), blind)  # from here on every row sees every key
+    full = gl.cdiv(gl.maximum((first_key + HALF - 1) * grid.slots - begin, 0), CELLS)
     await_item(key_ring, half)
     k_tile = tile_of(key_ring.tiles, half, HALF, D)
     v_tile = tile_of(key_ring.mates, half, HALF, D)
     dk_acc = gl.zeros([HALF, D], gl.float32, OUT)
     dv_acc = gl.zeros([HALF, D], gl.float32, OUT)
     pass_by(row_ring, blind)
+    # One loop: of two, where the first is empty, NVIDIA's assembler lets the second read what only the first has set.
     dk_acc, dv_acc = add_key_gradients(
-        dk_acc, dv_acc, k_tile, v_tile, row_ring, numbers, blind, full, begin, first_key, grid.slots,
-        scale * LOG2E, MASKED=True, ROWS=ROWS, GROUP=GROUP, HALF=HALF, D=D,
-    )  # fmt: skip
-    dk_acc, dv_acc = add_key_gradients(
-        dk_acc, dv_acc, k_tile, v_tile, row_ring, numbers, full, items, begin, first_key, grid.slots,
-        scale * LOG2E, MASKED=False, ROWS=ROWS, GROUP=GROUP, HALF=HALF, D=D,
+        dk_acc, dv_acc, k_tile, v_tile, row_ring, numbers, blind, full, items, begin, first_key, grid.slots,
+        scale * LOG2E, ROWS=ROWS, GROUP=GROUP, HALF=HALF, D=D,
     )  # fmt: skip
     positions = grid.cells // grid.slots
     store_gradient(dk, dk_stride, dk_acc * scale, first_key, positions, HALF, D)
