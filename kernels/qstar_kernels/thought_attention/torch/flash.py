@@ -19,6 +19,7 @@ from qstar_kernels.thought_attention.torch.blocks import grouped
 
 aten = torch.ops.aten
 CUDA_GRID = 65535
+CUDA_OFFSETS = 2**31  # values of the float32 sums of query gradients that torch's backward can address at one time
 LARGE_TILES = 768  # rows from which flash on a CPU takes its largest tiles
 
 
@@ -56,9 +57,26 @@ def flash_backward(do, out, lse, q, k, v, scale: float, mask: Tensor | None = No
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             do, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=scale
         )
-    length, seed = q.shape[2], torch.zeros(2, dtype=torch.uint64, device=q.device)
     q, k, v = (in_whole_words(x) for x in (q, k, v))
     lse = lse.contiguous()  # its strides are not asked for, those of do and out are
+    parts = (x.split(sequences_at_once(q)) for x in (do, out, lse, q, k, v))
+    grads = [flash_backward_on_cuda(*part, scale) for part in zip(*parts, strict=True)]
+    return grads[0] if len(grads) == 1 else tuple(torch.cat(x) for x in zip(*grads, strict=True))
+
+
+def sequences_at_once(q: Tensor) -> int:
+    """How many sequences of q [B, Hq, L, D] torch's backward for GPUs can take.
+
+    Its float32 sums have L rounded up to 128 and D to 32 or 64, and it finds a sequence's with 32 bits: beyond them it
+    writes where nothing is.
+    """
+    _, heads, length, width = q.shape
+    values = heads * -(-length // 128) * 128 * -(-width // 64) * 64
+    return max(1, (CUDA_OFFSETS - 1) // values)
+
+
+def flash_backward_on_cuda(do, out, lse, q, k, v, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    length, seed = q.shape[2], torch.zeros(2, dtype=torch.uint64, device=q.device)
     return aten._scaled_dot_product_flash_attention_backward(
         do, q, k, v, out, lse, None, None, length, length, 0.0, True, seed, seed.new_empty(0), scale=scale
     )
