@@ -34,7 +34,8 @@ class MixingHead(nn.Module):
         width = base.shape[-1]
         from_base = F.linear(base, self.input.weight[:, :width], self.input.bias)
         from_thought = F.linear(thought, self.input.weight[:, width:])
-        return F.relu(self.hidden(F.relu(from_base.index_select(0, base_index) + from_thought)))
+        shared = F.embedding(base_index, from_base)  # whose backward adds in one order, as that of an index does not
+        return F.relu(self.hidden(F.relu(shared + from_thought)))
 
     def forward(
         self, base: Tensor, thought: Tensor, base_index: Tensor, sigmoid: bool = False
