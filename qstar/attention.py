@@ -81,7 +81,7 @@ def qstar_attention(
         for name, argument in kwargs.items():
             if name not in IRRELEVANT and argument is not None and argument is not False:
                 raise ValueError(f"{type(module).__name__} passes {name}, which thought attention does not know")
-        return attend(attention_mask, query, key, value, scaling, softcap, s_aux), None
+        return attend(attention_mask, module, query, key, value, scaling, softcap, s_aux), None
     if open_layout() is not None:
         raise ValueError(f"{type(module).__name__} did not pass the thought layout on: it makes a mask of its own")
     _check_plain(module, kwargs)

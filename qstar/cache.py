@@ -7,10 +7,13 @@ would put into a cache of transformers: compressed keys, keys of several layers,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
+NO_PARTS = "its grids cannot be read in parts, so there must be no max_grid_tokens (0 in the settings of a run)"
 AT_HAND = ("cpu",)  # devices whose values the host reads at once; a CPU writes a slice in a fifth of an index's time
 
 
@@ -81,8 +84,10 @@ class ThoughtCache:
                 f"a pass called {self._calls} attentions, but the one that read the text {len(self.layers)}"
             )
 
-    def next_layer(self) -> CachedLayer:
-        """The layer of the attention that is called next; a new one, without text, in the pass that reads the first.
+    def next_layer(self, module: nn.Module) -> CachedLayer:
+        """The layer of the attention ``module``, which is called next: known by the order of the calls.
+
+        It is a new one, without text, in the pass that reads the first.
 
         Raises:
             ValueError: the pass that read the text called fewer attentions.
@@ -199,6 +204,57 @@ class CachedLayer:
         if self.thought_keys is None or self.thought_values is None:
             raise ValueError("the cache holds no thoughts: their first token comes before they are read")
         return self.thought_keys, self.thought_values
+
+
+class KeptText:
+    """Keys and values of a text that is read once, with their gradients: what passes over parts of its grid see.
+
+    A checkpointed layer is called again in the backward, in an order of its own, so layers are known by their modules.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[nn.Module, KeptLayer] = {}
+        self._differentiated = False
+        self._read = False
+
+    def begin_pass(self) -> None:
+        """A pass begins; the first one reads the text."""
+        self._differentiated = torch.is_grad_enabled()
+
+    def end_pass(self) -> None:
+        """A pass is over."""
+        self._read = True
+
+    def next_layer(self, module: nn.Module) -> KeptLayer:
+        """The layer of the attention ``module``; a new one in the pass that reads the text.
+
+        Raises:
+            ValueError: the module attends twice in a pass, or did not attend to the text, or attends without gradients,
+                as it does where its layer is checkpointed in the reentrant way.
+        """
+        name = type(module).__name__
+        if self._read:
+            if module not in self._layers:
+                raise ValueError(f"{name} attends to thoughts, but not to the text: {NO_PARTS}")
+            return self._layers[module]
+        if module in self._layers:
+            raise ValueError(f"{name} attends more than once in a pass: {NO_PARTS}")
+        if torch.is_grad_enabled() != self._differentiated:
+            raise ValueError(f"{name} attends without gradients, as under use_reentrant=True: {NO_PARTS}")
+        return self._layers.setdefault(module, KeptLayer())
+
+
+@dataclass
+class KeptLayer:
+    """Of one attention, ``[B, Hkv, N, D]`` and ``[B, Hkv, N, Dv]``."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def append_text(self, keys: Tensor, values: Tensor, window: int | None = None) -> None:
+        """Keep them; a layer that is computed again for its gradient gives the same once more."""
+        if self.keys is None:
+            self.keys, self.values = keys, values
 
 
 def roomier(text: Tensor, held: int, needed: int) -> Tensor:

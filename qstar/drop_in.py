@@ -120,7 +120,7 @@ def plain_attention(
     """
     text = _whole_text(module, query, key, value, mask, options)
     if text is not None and fused_is_better(query, text.window, softcap, sinks):
-        return attend(text, query, key, value, options["scaling"], softcap, sinks), None
+        return attend(text, module, query, key, value, options["scaling"], softcap, sinks), None
     if isinstance(mask, WindowMask):
         mask = mask.dense()
     if softcap is None and sinks is None:

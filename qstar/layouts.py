@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from qstar.autocast import as_computed
-from qstar.cache import CachedLayer, ThoughtCache, by_rationale
-from qstar_kernels import thought_attention, thought_attention_step
+from qstar.cache import CachedLayer, KeptLayer, KeptText, ThoughtCache, by_rationale
+from qstar_kernels import thought_attention, thought_attention_part, thought_attention_step
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,11 @@ class Packed:
     rationales: int = 1
     start: Tensor | None = None
     window: int | None = None
-    cache: ThoughtCache | None = None
+    cache: ThoughtCache | KeptText | None = None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: CachedLayer | None, **options: Any) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: CachedLayer | KeptLayer | None, **options: Any
+    ) -> Tensor:
         """The output ``[B, S, Hq, Dv]`` of the attention that is called, for ``query`` ``[B, Hq, S, D]``."""
         if layer is not None:
             layer.append_text(key, value, self.window)
@@ -50,6 +52,44 @@ class Packed:
             q, k, v, rationales=self.rationales, window=self.window, text_start=self.start, **options
         )
         return rearrange(out, "b h n c d -> b (n c) h d")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The thoughts at some neighbouring positions of a text that was read before, all their tokens, ``[B, n*r*T]``.
+
+    Attributes:
+        cache: what the text's attentions were given.
+        stop: the position after the last one.
+        rationales: r.
+        tokens: T.
+        start: as of :class:`Packed`, of all the text ``[B, N]``.
+        window: as of :class:`Packed`.
+    """
+
+    cache: KeptText
+    stop: int
+    rationales: int
+    tokens: int
+    start: Tensor | None = None
+    window: int | None = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: KeptLayer, **options: Any) -> Tensor:
+        """As :meth:`Packed.attend`, with all keys and values of the layer."""
+        assert layer.keys is not None and layer.values is not None  # the pass over the text is over
+        shape = dict(r=self.rationales, t=self.tokens)
+        q, k, v = (rearrange(x, "b h (n r t) d -> b h n r t d", **shape) for x in (query, key, value))
+        out = thought_attention_part(
+            q,
+            layer.keys[:, :, : self.stop],
+            layer.values[:, :, : self.stop],
+            k,
+            v,
+            window=self.window,
+            text_start=None if self.start is None else self.start[:, : self.stop],
+            **options,
+        )
+        return rearrange(out, "b h n r t d -> b (n r t) h d")
 
 
 @dataclass(frozen=True)
@@ -180,7 +220,7 @@ class Together:
         return torch.cat([part.attend(q, k, v, layer, **options) for part, q, k, v in pieces], dim=1)
 
 
-Layout = Packed | Step | Extension | Together
+Layout = Packed | Part | Step | Extension | Together
 
 
 def held_start(start: Tensor | None, layer: CachedLayer) -> Tensor | None:
@@ -192,6 +232,7 @@ def held_start(start: Tensor | None, layer: CachedLayer) -> Tensor | None:
 
 def attend(
     layout: Layout,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -199,9 +240,9 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The output ``[B, S, Hq, Dv]`` under a layout, computed in autocast's dtype where that is on."""
+    """The output ``[B, S, Hq, Dv]`` of attention ``module`` under a layout, in autocast's dtype where that is on."""
     query, key, value = as_computed(query, key, value)
-    layer: Any = None if layout.cache is None else layout.cache.next_layer()
+    layer: Any = None if layout.cache is None else layout.cache.next_layer(module)
     return layout.attend(query, key, value, layer, scale=scaling, softcap=softcap, sinks=sinks).contiguous()
 
 

@@ -8,7 +8,7 @@ sampling) without ever holding all logits. Each op takes ``backend="auto" | "ref
 
 from qstar_kernels.backends import explain
 from qstar_kernels.lm_head import linear_log_prob, linear_log_prob_sum, mix_hidden, sample_linear
-from qstar_kernels.thought_attention import thought_attention, thought_attention_step
+from qstar_kernels.thought_attention import thought_attention, thought_attention_part, thought_attention_step
 
 __all__ = [
     "explain",
@@ -17,5 +17,6 @@ __all__ = [
     "mix_hidden",
     "sample_linear",
     "thought_attention",
+    "thought_attention_part",
     "thought_attention_step",
 ]

@@ -48,6 +48,7 @@ OPS = {
         "thought_attention", ("q", "v"), ("forward", "query_gradient", "text_gradient", "own_gradient"), (16, 256)
     ),
     "thought_attention_step": Kernels("thought_attention", ("q", "v_text"), ("step",), (16, 256)),
+    "thought_attention_part": Kernels("thought_attention", ("q", "v_text"), ("step",), (16, 256)),
     "mix_hidden": Kernels("lm_head", ("thought",), ("mix", "mix_gradient", "base_gradient")),
     "linear_log_prob": Kernels("lm_head", ("hidden",), ("score", "gradient")),
     "linear_log_prob_sum": Kernels("lm_head", ("hidden",), ("score", "gradient")),

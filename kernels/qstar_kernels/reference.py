@@ -122,6 +122,15 @@ def thought_attention_step(
     return (out, lse) if return_lse else out
 
 
+def thought_attention_part(
+    q: Tensor, k_text: Tensor, v_text: Tensor, k_thought: Tensor, v_thought: Tensor, **rules
+) -> Tensor:
+    """q [B, Hq, Nq, r, T, D] of all tokens, which are read one by one."""
+    inputs = (k_text, v_text, k_thought, v_thought)
+    steps = [thought_attention_step(q[..., step, :], *inputs, step, **rules) for step in range(q.shape[4])]
+    return torch.stack(steps, dim=4) if steps else q.new_empty(*q.shape[:-1], v_text.shape[-1])
+
+
 def mix_hidden(
     base: Tensor,
     thought: Tensor,

@@ -55,6 +55,7 @@ SETTINGS: dict[str, Any] = dict(
     logging_steps=5,
     sample_steps=25,
     gradient_norm_steps=50,
+    max_grid_tokens=0,
     save_strategy="no",
 )
 

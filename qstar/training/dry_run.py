@@ -21,6 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from qstar.cpu import keep_freed_memory
 from qstar.training.folders import check_unused, default_folders
+from qstar.training.memory import StepMemory
 from qstar.training.prepare import Prepared, prepare, split_settings
 from qstar.training.savable import check_savable
 from qstar.training.settings import QuietStarArguments
@@ -47,6 +48,9 @@ class DryRun:
         device: where it ran.
         seconds: that the step took, the first one, which sets up what later ones find.
         loss: of it.
+        grid: tokens in the grid of a batch, at most.
+        at_once: of them, those that are read at once.
+        largest: about how many could be read at once in the memory that is free; None where that cannot be told.
         memory: the most that this process has held, bytes; None where the system does not tell.
         gpu_memory: the same on the GPU; None without one.
         model_bytes: of the model on the disk.
@@ -66,6 +70,9 @@ class DryRun:
     device: str
     seconds: float
     loss: float
+    grid: int
+    at_once: int
+    largest: int | None
     memory: int | None
     gpu_memory: int | None
     model_bytes: int
@@ -88,11 +95,15 @@ class DryRun:
         disk = f"{size(self.disk)} in {self.folder}: the model {size(self.model_bytes)}"
         if self.checkpoints:
             disk += f", checkpoints {self.checkpoints} of {size(self.checkpoint_bytes)}"
+        grid = f"up to {self.grid:,} tokens in a batch, {self.at_once:,} of them read at once"
+        if self.largest is not None:
+            grid += f"; memory has room for about {self.largest:,} (--max-grid-tokens)"
         lines = {
             "model": f"{self.model}, {self.parameters:,} parameters, {self.learned:,} of which learn",
             "data": f"{rows} of up to {self.seq_length} tokens",
             "run": f"{self.steps:,} steps of {self.step_rows} rows, up to {step_tokens:,} tokens",
             "first step": f"{self.seconds:.2f} s on {self.device}, loss {self.loss:.4f}",
+            "grid": grid,
             "memory": f"{memory}, at most",
             "disk": f"{disk}; {size(self.free)} are free",
         }
@@ -156,13 +167,16 @@ def tried(prepared: Prepared, args: QuietStarArguments, folder: Path) -> DryRun:
         model, args, train_dataset=rows, eval_dataset=prepared.held_out, processing_class=prepared.tokenizer
     )
     trainer.remove_callback(PrinterCallback)
-    step = OneStep()
+    step = OneStep(StepMemory(args.device))
     trainer.add_callback(step)
     loss = trainer.train().training_loss
+    grid = model.grid(args.seq_length).slots * args.seq_length * args.train_batch_size
+    at_once = min(grid, args.max_grid_tokens or grid)
     parameters = list(model.parameters())
     model_bytes = sum({x.data_ptr(): x.nbytes for x in model.state_dict().values()}.values())  # tied ones once
     optimizer = cast(torch.optim.Optimizer, trainer.optimizer)
-    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    states = sum(x.nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
+    gradients = sum(x.nbytes for x in parameters if x.requires_grad)
     gpu = args.device.type == "cuda"
     return DryRun(
         model=type(model).__name__,
@@ -175,10 +189,13 @@ def tried(prepared: Prepared, args: QuietStarArguments, folder: Path) -> DryRun:
         device=str(args.device),
         seconds=step.seconds,
         loss=loss,
+        grid=grid,
+        at_once=at_once,
+        largest=step.memory.largest_grid(at_once, gradients, states),
         memory=peak_memory(),
         gpu_memory=torch.cuda.max_memory_allocated() if gpu else None,
         model_bytes=model_bytes,
-        checkpoint_bytes=model_bytes + (0 if args.save_only_model else sum(x.nbytes for x in states)),
+        checkpoint_bytes=model_bytes + (0 if args.save_only_model else states),
         checkpoints=step.checkpoints,
         free=shutil.disk_usage(args.folder).free,
         folder=folder,
@@ -202,16 +219,22 @@ class OneStep(TrainerCallback):
         steps: that the training would have taken.
         checkpoints: that it would have left.
         seconds: that the first step took.
+        memory: what its forward and backward took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: StepMemory) -> None:
+        self.memory = memory
         self.steps, self.checkpoints, self.seconds, self._began = 0, 0, 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps, self.checkpoints = state.max_steps, checkpoints_of(args, state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.memory.begin()
         self._began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.memory.end()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.device.type == "cuda":

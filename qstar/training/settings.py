@@ -36,6 +36,7 @@ LEAST = {
     "gradient_accumulation_steps": 1,
     "sample_steps": 0,
     "gradient_norm_steps": 0,
+    "max_grid_tokens": 0,
     "seed": 0,
 }
 LESS_IS_BETTER = ("loss", "nll_base", "nll_talk", "perplexity_base", "perplexity_talk")  # of what an evaluation finds
@@ -91,6 +92,11 @@ class QuietStarArguments(DataSettings, TrainingArguments):
     signed_advantages: bool = setting(False, "Learn from thoughts that did worse than the baseline as well.")
     thought_embedding_lr_factor: float = setting(100.0, "Learning rate of start and end embeddings over learning_rate.")
     mixing_head_lr_factor: float = setting(1.0, "Learning rate of the mixing head over learning_rate.")
+    max_grid_tokens: int = setting(
+        4096,
+        "Tokens of the thought grid (rows times text tokens times slots) that are read at once with gradients; a "
+        "larger grid is read in parts, which takes less memory and more time. 0 for no limit.",
+    )
     sample_steps: int = setting(50, "Show thoughts every so many steps; 0 for never.")
     gradient_norm_steps: int = setting(
         100, "Log both losses' gradient norms every so many steps, on one process; 0 for never."
@@ -147,4 +153,5 @@ class QuietStarArguments(DataSettings, TrainingArguments):
             reinforce_temperature=self.reinforce_temperature,
             baseline=self.baseline,
             signed=self.signed_advantages,
+            max_grid_tokens=self.max_grid_tokens or None,
         )

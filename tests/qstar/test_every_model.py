@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from unittest import mock
 
 import every_model
 import pytest
@@ -16,6 +17,7 @@ import tiny
 import torch
 from every_model import THINKS, UNTRIED, documented
 from oracle import Doubled, Oracle, Scores, made_wild
+from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qstar import wrap
@@ -33,6 +35,10 @@ POSITIONS = 9
 DOCUMENTS = [(0, 0, 9), (1, 3, 9), (2, 0, 5), (2, 5, 9)]  # of the batch: row, from, to
 STEP = 1e-2
 TOLERANCE = 1e-10
+IN_ONE_PART = {  # and what their modules do
+    "diffllama": "DiffLlamaAttention attends more than once in a pass",
+    "hrm_text": "HrmTextAttention attends without gradients",
+}
 
 
 def all_types() -> list:
@@ -91,9 +97,9 @@ def given_and_greedy(model: QuietStarModel, text: Text) -> torch.Tensor:
     return torch.cat([greedy, tiny.random_thoughts(model, 3, POSITIONS)[:, :, :1]], dim=2)
 
 
-def scored(model: QuietStarModel, thoughts: torch.Tensor) -> QuietStarOutput:
+def scored(model: QuietStarModel, thoughts: torch.Tensor, max_grid_tokens: int | None = None) -> QuietStarOutput:
     """The objective, inside ``forward`` as training calls it."""
-    objective = Objective(baseline="base", signed=True)
+    objective = Objective(baseline="base", signed=True, max_grid_tokens=max_grid_tokens)
     return model(**batch(), thoughts=thoughts, objective=objective)
 
 
@@ -143,6 +149,42 @@ def assert_gradients(model: QuietStarModel, oracle: Oracle) -> None:
         assert_close(ours[name], theirs[name], f"gradient of {name}", least)
 
 
+def in_parts_or_refused(model: QuietStarModel, thoughts: torch.Tensor, tokens: int) -> QuietStarOutput | None:
+    """What is computed again for its gradient is computed in float64 as well."""
+
+    def doubled(function, *given, use_reentrant):
+        def call(*given):
+            with Doubled():
+                return function(*given)
+
+        return checkpoint(call, *given, use_reentrant=use_reentrant)
+
+    with mock.patch("qstar.learning.checkpoint", doubled):
+        why = IN_ONE_PART.get(model.config.model_type)
+        if why is None:
+            return scored(model, thoughts, tokens)
+        with pytest.raises(ValueError, match=rf"{why}.*: its grids cannot be read in parts"):
+            scored(model, thoughts, tokens)
+    return None
+
+
+def assert_parts(model: QuietStarModel, thoughts: torch.Tensor, packed: QuietStarOutput) -> None:
+    """The grid in parts of two positions has the losses of the packed one, and its gradients, which ``model`` holds."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    slots = model.grid(POSITIONS).slots - 1
+    parts = in_parts_or_refused(model, thoughts, 2 * 3 * slots)
+    if parts is None:
+        return
+    model.zero_grad()
+    assert_close(parts.loss.detach(), packed.loss.detach(), "loss of the grid in parts")
+    parts.loss.backward()
+    least = 1e-6 * max(float(gradient.norm()) for gradient in gradients.values())
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            assert_close(parameter.grad, gradients[name], f"gradient of {name} of the grid in parts", least)
+            parameter.grad = gradients[name]
+
+
 @torch.no_grad()
 def step(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
@@ -172,6 +214,7 @@ def test_it_is_exact_or_refused_in_a_sentence(model_type, weights):
         theirs.loss.backward()
         gradient = embedding_rows(oracle.plain).grad.clone()
         assert_gradients(model, oracle)
+        assert_parts(model, thoughts, ours)
 
         embedding_rows(oracle.plain).grad.copy_(gradient)
         for each in (model, oracle.plain, oracle.mixing):

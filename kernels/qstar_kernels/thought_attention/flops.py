@@ -19,6 +19,14 @@ def step_pairs(q_shape, k_text_shape, k_thought_shape, step: int | None) -> int:
     return batch * heads * rationales * (text + queries * tokens)
 
 
+def part_pairs(q_shape, k_text_shape, k_thought_shape) -> int:
+    """The same of all tokens of the thoughts at the last positions."""
+    queries, _, tokens = k_thought_shape[2:5]
+    batch, heads, _, slots, _ = q_shape
+    text = queries * k_text_shape[2] - queries * (queries - 1) // 2
+    return batch * heads * slots * (2 * text + queries * (tokens + 1)) // 2
+
+
 def forward(pairs: int, width: int, value_width: int) -> int:
     """q k and p v."""
     return 2 * pairs * (width + value_width)
@@ -43,3 +51,11 @@ def attend_step(q, k_text, v_text, k_thought, v_thought, step, *_, out_shape=Non
 
 def attend_step_backward(do, out, lse, q, k_text, v_text, k_thought, v_thought, step, *_, out_shape=None):
     return backward(step_pairs(q, k_text, k_thought, step), q[-1], v_text[-1])
+
+
+def attend_part(q, k_text, v_text, k_thought, v_thought, *_, out_shape=None):
+    return forward(part_pairs(q, k_text, k_thought), q[-1], v_text[-1])
+
+
+def attend_part_backward(do, out, lse, q, k_text, v_text, k_thought, v_thought, *_, out_shape=None):
+    return backward(part_pairs(q, k_text, k_thought), q[-1], v_text[-1])

@@ -232,24 +232,12 @@ def thought_attention_step(
             run on these tensors.
         RuntimeError: ``backend`` is "triton", which is installed but broken.
     """
-    check_tensor("q", q, "[B, Hq, Nq, r, D]", (None,) * 5)
-    batch, _, queries, rationales, width = q.shape
-    check_tensor("k_text", k_text, "[B, Hkv, N, D]", (batch, None, None, width))
-    kv_heads, positions = k_text.shape[1:3]
-    check_tensor("v_text", v_text, "[B, Hkv, N, Dv]", (batch, kv_heads, positions, None))
-    own = (batch, kv_heads, queries, rationales)
-    check_tensor("k_thought", k_thought, "[B, Hkv, Nq, r, T, D]", (*own, None, width))
-    tokens = k_thought.shape[4]
-    check_tensor("v_thought", v_thought, "[B, Hkv, Nq, r, T, Dv]", (*own, tokens, v_text.shape[-1]))
-    for name, value in (("k_text", k_text), ("v_text", v_text), ("k_thought", k_thought), ("v_thought", v_thought)):
-        check_alike(name, value, "q", q)
-    check_heads(q, "k_text", k_text, v_text)
-    if queries > positions:
-        raise ValueError(f"q has {queries} positions, but it must have at most the {positions} of k_text")
-    rules = check_rules(q, positions, scale, window, softcap, sinks, text_start)
-    chosen = choose("thought_attention_step", backend, q=q, v_text=v_text)
-    at = check_step(step, tokens, q.device if chosen == "triton" else None)
     inputs = (q, k_text, v_text, k_thought, v_thought)
+    check_tensor("q", q, "[B, Hq, Nq, r, D]", (None,) * 5)
+    check_caches(*inputs, tokens=None)
+    rules = check_rules(q, k_text.shape[2], scale, window, softcap, sinks, text_start)
+    chosen = choose("thought_attention_step", backend, q=q, v_text=v_text)
+    at = check_step(step, k_thought.shape[4], q.device if chosen == "triton" else None)
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
             out, lse = reference.thought_attention_step(*inputs, at, return_lse=True, **rules)
@@ -257,6 +245,70 @@ def thought_attention_step(
         number, index = (None, at) if isinstance(at, Tensor) else (at, None)
         out, lse = ops.thought_attention_step(*inputs, number, index, backend=chosen, **rules)
     return (out, lse) if return_lse else out
+
+
+def thought_attention_part(
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_thought: Tensor,
+    v_thought: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    text_start: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of the thoughts at the last positions, all their tokens, to a text that was read before.
+
+    The query (i, p, t) sees the text keys ``text_start[i] <= j <= i`` and tokens 0 to t of its own rationale. Equal to
+    those rows of :func:`thought_attention`, and so are its gradients, which the text's keys and values get as well: a
+    grid can be read in parts, none of which holds all of it.
+
+    Args:
+        q: queries [B, Hq, Nq, r, T, D], Nq <= N.
+        k_text, v_text: keys [B, Hkv, N, D] and values [B, Hkv, N, Dv] of the text up to the last of the positions.
+        k_thought, v_thought: keys [B, Hkv, Nq, r, T, D] and values [B, Hkv, Nq, r, T, Dv] of the thoughts.
+        text_start: [B, N], as in :func:`thought_attention`; the other arguments are the same as well.
+
+    Returns:
+        out [B, Hq, Nq, r, T, Dv] in q's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value; a named backend cannot
+            run on these tensors.
+        RuntimeError: ``backend`` is "triton", which is installed but broken.
+    """
+    inputs = (q, k_text, v_text, k_thought, v_thought)
+    check_tensor("q", q, "[B, Hq, Nq, r, T, D]", (None,) * 6)
+    check_caches(*inputs, tokens=q.shape[4])
+    rules = check_rules(q, k_text.shape[2], scale, window, softcap, sinks, text_start)
+    chosen = choose("thought_attention_part", backend, q=q, v_text=v_text)
+    if chosen == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.thought_attention_part(*inputs, **rules)
+    out, _ = ops.thought_attention_part(q.flatten(3, 4), *inputs[1:], backend=chosen, **rules)
+    return out.unflatten(3, q.shape[3:5])
+
+
+def check_caches(
+    q: Tensor, k_text: Tensor, v_text: Tensor, k_thought: Tensor, v_thought: Tensor, tokens: int | None
+) -> None:
+    """Check keys and values of text and thoughts beside q [B, Hq, Nq, r, ..., D]; ``tokens`` is T where q has it."""
+    batch, queries, rationales, width = q.shape[0], *q.shape[2:4], q.shape[-1]
+    check_tensor("k_text", k_text, "[B, Hkv, N, D]", (batch, None, None, width))
+    kv_heads, positions = k_text.shape[1:3]
+    check_tensor("v_text", v_text, "[B, Hkv, N, Dv]", (batch, kv_heads, positions, None))
+    own = (batch, kv_heads, queries, rationales)
+    check_tensor("k_thought", k_thought, "[B, Hkv, Nq, r, T, D]", (*own, tokens, width))
+    check_tensor("v_thought", v_thought, "[B, Hkv, Nq, r, T, Dv]", (*own, k_thought.shape[4], v_text.shape[-1]))
+    for name, value in (("k_text", k_text), ("v_text", v_text), ("k_thought", k_thought), ("v_thought", v_thought)):
+        check_alike(name, value, "q", q)
+    check_heads(q, "k_text", k_text, v_text)
+    if queries > positions:
+        raise ValueError(f"q has {queries} positions, but it must have at most the {positions} of k_text")
 
 
 def check_heads(q: Tensor, name: str, k: Tensor, v: Tensor) -> None:

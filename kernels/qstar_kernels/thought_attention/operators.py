@@ -2,8 +2,10 @@
 
     torch.ops.qstar_kernels.thought_attention              .thought_attention_backward
     torch.ops.qstar_kernels.thought_attention_step         .thought_attention_step_backward
+    torch.ops.qstar_kernels.thought_attention_part         .thought_attention_part_backward
 
-Shapes are those of the public functions, which check the arguments; ``backend`` is "torch" or "triton".
+Shapes are those of the public functions, which check the arguments; r and T of a part's queries are one axis, r*T.
+``backend`` is "torch" or "triton".
 
 ``torch.library.custom_op`` is not used: to save that many arguments for a backward takes it 70 to 100 microseconds a
 call, and its first call imports torch._dynamo.
@@ -174,6 +176,55 @@ def attend_step_backward_fake(do, out, lse, *inputs):
     return tuple(torch.empty_like(x) for x in inputs[:5])
 
 
+def attend_part(
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_thought: Tensor,
+    v_thought: Tensor,
+    sinks: Tensor | None,
+    text_start: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    rules = Rules(scale, window, softcap, sinks, text_start)
+    inputs = (unit_stride(x) for x in (q, k_text, v_text, k_thought, v_thought))
+    out, lse = empty_results(q, v_text.shape[-1])
+    with without_autocast(q):
+        implementation("thought_attention", backend).attend_part(*inputs, rules, out, lse)
+    return out, lse
+
+
+def attend_part_backward(
+    do: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_thought: Tensor,
+    v_thought: Tensor,
+    sinks: Tensor | None,
+    text_start: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """By the torch backend, whichever the forward's was."""
+    rules = Rules(scale, window, softcap, sinks, text_start)
+    inputs = (q, k_text, v_text, k_thought, v_thought)
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    with without_autocast(q):
+        torch_backend.attend_part_backward(do, out, lse, *inputs, rules, grads)
+    return grads
+
+
+def attend_part_backward_fake(do, out, lse, *inputs):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:5])
+
+
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
@@ -212,6 +263,25 @@ class StepAttention(torch.autograd.Function):
         return *grads, None, None, sinks_gradient(do, out, lse, sinks), *(None,) * 5
 
 
+class PartAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = ops.thought_attention_part(*inputs)
+        *tensors, ctx.scale, ctx.window, ctx.softcap, _ = inputs
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, _):
+        out, lse, *inputs, sinks, text_start = ctx.saved_tensors
+        rules = (sinks, text_start, ctx.scale, ctx.window, ctx.softcap)
+        grads = ops.thought_attention_part_backward(do, out, lse, *inputs, *rules)
+        return *grads, sinks_gradient(do, out, lse, sinks), *(None,) * 5
+
+
 def differentiate(op: Callable, function: type[torch.autograd.Function], *inputs):
     """``op``, through ``function`` where a gradient may be asked for."""
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
@@ -233,6 +303,8 @@ define("thought_attention", attend, attend_fake, Attention)
 define("thought_attention_backward", attend_backward, attend_backward_fake, None)
 define("thought_attention_step", attend_step, attend_fake, StepAttention)
 define("thought_attention_step_backward", attend_step_backward, attend_step_backward_fake, None)
+define("thought_attention_part", attend_part, attend_fake, PartAttention)
+define("thought_attention_part_backward", attend_part_backward, attend_part_backward_fake, None)
 try:
     from torch.utils.flop_counter import register_flop_formula
 except Exception:  # it imports Triton: where that is broken there is no counter, and backends.py says why
@@ -243,5 +315,7 @@ else:
         ("thought_attention_backward", flops.attend_backward),
         ("thought_attention_step", flops.attend_step),
         ("thought_attention_step_backward", flops.attend_step_backward),
+        ("thought_attention_part", flops.attend_part),
+        ("thought_attention_part_backward", flops.attend_part_backward),
     ):
         register_flop_formula(getattr(ops, name))(formula)

@@ -77,7 +77,7 @@ def test_nothing_is_written_and_the_page_is_printed(root, tmp_path, capsys, monk
     assert main(flags(root, *more, eval_on_start=True, save_only_model=True, save_strategy="epoch")) == 0
     assert (contents(root), contents(tmp_path)) == before
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["model", "data", "run", "first step", "memory", "disk"]
+    assert [line.split("  ")[0] for line in lines] == ["model", "data", "run", "first step", "grid", "memory", "disk"]
     assert lines[1:3] == [
         "data        15 rows of up to 8 tokens",
         "run         4 steps of 4 rows, up to 32 tokens",
@@ -188,6 +188,7 @@ def test_checkpoints_are_counted_with_the_last_and_without_those_beyond_the_limi
 
 def test_a_disk_without_room_is_a_problem():
     numbers = dict(rows=5, seq_length=8, step_rows=2, steps=3000, device="cuda:0", seconds=0.5, loss=2.0)
+    numbers |= dict(grid=8640, at_once=4096, largest=123456)
     memory = dict(memory=2**30, gpu_memory=2**31, model_bytes=2**30, checkpoint_bytes=3 * 2**30, folder=Path("run"))
     said = DryRun("GPT2LMHeadModel", 1234567, 1234, **numbers, **memory, checkpoints=2, free=6 * 2**30)
     assert str(said).splitlines() == [
@@ -195,6 +196,8 @@ def test_a_disk_without_room_is_a_problem():
         "data        5 rows of up to 8 tokens",
         "run         3,000 steps of 2 rows, up to 16 tokens",
         "first step  0.50 s on cuda:0, loss 2.0000",
+        "grid        up to 8,640 tokens in a batch, 4,096 of them read at once; memory has room for about 123,456 "
+        "(--max-grid-tokens)",
         "memory      1,024 MiB in this process, 2,048 MiB on the GPU, at most",
         "disk        7.00 GiB in run: the model 1.00 GiB, checkpoints 2 of 3.00 GiB; 6.00 GiB are free",
         "problem     the disk has no room for the run: --save-total-limit or --save-only-model saves some",

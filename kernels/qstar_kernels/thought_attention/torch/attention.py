@@ -85,3 +85,28 @@ def attend_step_backward(
     grads = (dq, dk_text, dv_text, *own_tokens(step, *d_thought))
     inputs = (q, k_text, v_text, *own_tokens(step, k_thought, v_thought))
     blocked.attend_backward(do, out, lse, *inputs, rules, step, grads)
+
+
+def attend_part(q, k_text, v_text, k_thought, v_thought, rules: Rules, out: Tensor, lse: Tensor) -> None:
+    """Fill out [B, Hq, Nq, r*T, Dv] and lse [B, Hq, Nq, r*T]."""
+    if not out.numel():
+        return
+    rules = needed(rules, k_text.shape[2], k_thought.shape[4])
+    if flash.expressible_in_part(q, v_text, rules):
+        flash.attend_part(q, k_text, v_text, k_thought, v_thought, rules, out, lse)
+    else:
+        blocked.attend(q, k_text, v_text, k_thought, v_thought, rules, 0, out, lse)
+
+
+def attend_part_backward(do, out, lse, q, k_text, v_text, k_thought, v_thought, rules: Rules, grads) -> None:
+    """Fill ``grads``, which are shaped like q and the caches."""
+    if not out.numel():
+        for grad in grads:
+            grad.zero_()
+        return
+    rules = needed(rules, k_text.shape[2], k_thought.shape[4])
+    inputs = (q, k_text, v_text, k_thought, v_thought)
+    if flash.expressible_in_part(q, v_text, rules):
+        flash.attend_part_backward(do, out, lse, *inputs, rules, grads)
+    else:
+        blocked.attend_backward(do, out, lse, *inputs, rules, 0, grads)

@@ -38,6 +38,11 @@ def expressible(q: Tensor, v: Tensor, rules: Rules) -> bool:
     return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
+def expressible_in_part(q: Tensor, v: Tensor, rules: Rules) -> bool:
+    """The same of queries at the last positions of a text; torch's kernels for GPUs number them as the first ones."""
+    return q.device.type == "cpu" and expressible(q, v, rules)
+
+
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention of q [B, Hq, L, D] over k, v [B, Hkv, S, D], causal without a mask: out and lse [B, Hq, L]."""
     if q.device.type == "cpu":
@@ -92,18 +97,19 @@ def block_rows(x: Tensor, start: int, stop: int) -> Tensor:
     return x[:, :, start:stop].flatten(2, 4)
 
 
-def text_blocks(q: Tensor, kv_heads: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, mask [rows, keys before stop]) of blocks of positions."""
+def text_blocks(q: Tensor, kv_heads: int, before: int) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, mask [rows, before + stop]) of blocks of positions, ``before`` of which come before the first."""
     _, heads, positions, slots, _ = q.shape
     width = slots * heads // kv_heads
     size = min(max(positions // 8, -(-LARGE_TILES // width)), -(-2 * LARGE_TILES // width), positions)
-    last = (positions - 1) // size * size
+    last = before + (positions - 1) // size * size
     key = torch.arange(-last, size, device=q.device)
     future = key > torch.arange(size, device=q.device).repeat_interleave(width)[:, None]
     mask = torch.zeros(future.shape, dtype=q.dtype, device=q.device).masked_fill_(future, -torch.inf)
     for start in range(0, positions, size):
         stop = min(start + size, positions)
-        yield start, stop, mask[None, None, : (stop - start) * width, last - start : last - start + stop]
+        skipped = last - before - start
+        yield start, stop, mask[None, None, : (stop - start) * width, skipped : skipped + before + stop]
 
 
 def attend_text_by_slot(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
@@ -118,8 +124,10 @@ def attend_text(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse:
         attend_text_by_slot(q, k, v, scale, out, lse)
         return
     rows, out, lse = (grouped(x, k.shape[1]) for x in (q, out, lse))
-    for start, stop, mask in text_blocks(q, k.shape[1]):
-        part, part_lse = flash(block_rows(rows, start, stop), k[:, :, :stop], v[:, :, :stop], scale, mask)
+    before = k.shape[2] - q.shape[2]
+    for start, stop, mask in text_blocks(q, k.shape[1], before):
+        seen = before + stop
+        part, part_lse = flash(block_rows(rows, start, stop), k[:, :, :seen], v[:, :, :seen], scale, mask)
         shape = (stop - start, *out.shape[3:5])
         out[:, :, start:stop], lse[:, :, start:stop] = part.unflatten(2, shape), part_lse.unflatten(2, shape)
 
@@ -132,12 +140,14 @@ def attend_text_backward(do, out, lse, q, k, v, scale: float, dq: Tensor) -> tup
         return dk, dv
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     do, out, lse, rows, dq = (grouped(x, k.shape[1]) for x in (do, out, lse, q, dq))
-    for start, stop, mask in text_blocks(q, k.shape[1]):
+    before = k.shape[2] - q.shape[2]
+    for start, stop, mask in text_blocks(q, k.shape[1], before):
+        seen = before + stop
         parts = (block_rows(x, start, stop) for x in (do, out, lse, rows))
-        dq_part, dk_part, dv_part = flash_backward(*parts, k[:, :, :stop], v[:, :, :stop], scale, mask)
+        dq_part, dk_part, dv_part = flash_backward(*parts, k[:, :, :seen], v[:, :, :seen], scale, mask)
         dq[:, :, start:stop] = dq_part.unflatten(2, (stop - start, *dq.shape[3:5]))
-        dk[:, :, :stop] += dk_part
-        dv[:, :, :stop] += dv_part
+        dk[:, :, :seen] += dk_part
+        dv[:, :, :seen] += dv_part
     return dk, dv
 
 
@@ -146,16 +156,34 @@ def own(x: Tensor, here: slice) -> Tensor:
     return x[:, :, :, here].transpose(1, 2).flatten(0, 1)
 
 
-def rationale_slots(q: Tensor, rationales: int) -> list[slice]:
-    tokens = (q.shape[3] - 1) // rationales
-    return [slice(first, first + tokens) for first in range(1, q.shape[3], max(tokens, 1))]
+def rationale_slots(first: int, slots: int, tokens: int) -> list[slice]:
+    """The slots of each rationale, those of the first from ``first`` on."""
+    return [slice(start, start + tokens) for start in range(first, slots, max(tokens, 1))]
+
+
+def grid_slots(q: Tensor, rationales: int) -> list[slice]:
+    return rationale_slots(1, q.shape[3], (q.shape[3] - 1) // rationales)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rationales: int, rules: Rules, out: Tensor, lse: Tensor) -> None:
     """Fill out [B, Hq, N, C, D] and lse [B, Hq, N, C]."""
+    text = (x[..., 0, :].contiguous() for x in (k, v))
+    attend_slots(q, *text, k, v, grid_slots(q, rationales), rules, out, lse)
+
+
+def attend_part(q, k_text, v_text, k_thought, v_thought, rules: Rules, out: Tensor, lse: Tensor) -> None:
+    """Fill out [B, Hq, Nq, r*T, D] and lse [B, Hq, Nq, r*T]."""
+    slots = rationale_slots(0, q.shape[3], k_thought.shape[4])
+    attend_slots(q, k_text, v_text, k_thought.flatten(3, 4), v_thought.flatten(3, 4), slots, rules, out, lse)
+
+
+def attend_slots(
+    q: Tensor, k_text: Tensor, v_text: Tensor, k: Tensor, v: Tensor, own_slots: list[slice], rules: Rules, out, lse
+) -> None:
+    """Fill out and lse with those of the text keys [B, Hkv, N, D] and of every rationale's slots of k and v."""
     rounded, out = out, accumulator(out, lse)
-    attend_text(q, k[..., 0, :].contiguous(), v[..., 0, :].contiguous(), rules.scale, out, lse)
-    for here in rationale_slots(q, rationales):
+    attend_text(q, k_text, v_text, rules.scale, out, lse)
+    for here in own_slots:
         mine, mine_lse = flash(own(q, here), own(k, here), own(v, here), rules.scale)
         mine, mine_lse = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in (mine, mine_lse))
         merge(out[..., here, :], lse[..., here], mine.to(lse.dtype), mine_lse)
@@ -200,10 +228,29 @@ def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
 
 def attend_backward(do, out, lse, q, k, v, rationales: int, rules: Rules, dq, dk, dv) -> None:
     """Fill dq, dk and dv."""
+    text = (x[..., 0, :].contiguous() for x in (k, v))
+    grads = dq, dk[..., 0, :], dv[..., 0, :], dk, dv
+    attend_slots_backward(do, out, lse, q, *text, k, v, grid_slots(q, rationales), rules, grads)
+
+
+def attend_part_backward(do, out, lse, q, k_text, v_text, k_thought, v_thought, rules: Rules, grads) -> None:
+    """Fill ``grads``, which are shaped like q and the caches."""
+    slots = rationale_slots(0, q.shape[3], k_thought.shape[4])
+    own = (x.flatten(3, 4) for x in (k_thought, v_thought))
+    dq, dk_text, dv_text, *d_thought = grads
+    dk, dv = (x.view(*x.shape[:3], -1, x.shape[-1]) for x in d_thought)
+    grads = dq, dk_text, dv_text, dk, dv
+    attend_slots_backward(do, out, lse, q, k_text, v_text, *own, slots, rules, grads)
+
+
+def attend_slots_backward(do, out, lse, q, k_text, v_text, k, v, own_slots: list[slice], rules: Rules, grads) -> None:
+    """Fill ``grads``, which are shaped like q, k_text, v_text, k and v; of the last two the slots of rationales."""
+    dq, dk_text, dv_text, dk, dv = grads
     rounded, dq = dq, accumulator(dq, lse)
-    k_text, v_text = k[..., 0, :].contiguous(), v[..., 0, :].contiguous()
-    dk[..., 0, :], dv[..., 0, :] = attend_text_backward(do, out, lse, q, k_text, v_text, rules.scale, dq)
-    for here in rationale_slots(q, rationales):
+    of_text = attend_text_backward(do, out, lse, q, k_text, v_text, rules.scale, dq)
+    dk_text.copy_(of_text[0])
+    dv_text.copy_(of_text[1])
+    for here in own_slots:
         grads = flash_backward(*(own(x, here) for x in (do, out, lse, q, k, v)), rules.scale)
         mine = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in grads)
         dq_own, dk[..., here, :], dv[..., here, :] = mine

@@ -1,5 +1,5 @@
-"""Thought attention by Triton kernels, for NVIDIA and AMD GPUs; a step's backward is torch's."""
+"""Thought attention by Triton kernels, for NVIDIA and AMD GPUs; the backwards of a step and of a part are torch's."""
 
-from qstar_kernels.thought_attention.triton.attention import attend, attend_backward, attend_step
+from qstar_kernels.thought_attention.triton.attention import attend, attend_backward, attend_part, attend_step
 
-__all__ = ["attend", "attend_backward", "attend_step"]
+__all__ = ["attend", "attend_backward", "attend_part", "attend_step"]

@@ -75,3 +75,13 @@ def attend_step(
         text = reachable(k_text), reachable(v_text)
         launch = step_launch(q, *text, k_thought, v_thought, step, rules, out, lse, architecture_of(q.device))
         run_all([launch], q)
+
+
+def attend_part(q, k_text, v_text, k_thought, v_thought, rules: Rules, out: Tensor, lse: Tensor) -> None:
+    """Fill out [B, Hq, Nq, r*T, Dv] and lse [B, Hq, Nq, r*T], a step for each token."""
+    shape = k_thought.shape[3:5]
+    q, out, lse = (x.unflatten(3, shape) for x in (q, out, lse))
+    for step in range(shape[1]):
+        token, token_lse = torch.empty_like(out[:, :, :, :, step]), torch.empty_like(lse[..., step])
+        attend_step(q[:, :, :, :, step], k_text, v_text, k_thought, v_thought, step, rules, token, token_lse)
+        out[:, :, :, :, step], lse[..., step] = token, token_lse

@@ -1,0 +1,55 @@
+import sys
+
+import pytest
+import torch
+
+from qstar.training import memory
+from qstar.training.memory import StepMemory, kilobytes
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells of a process")
+def test_the_peak_of_a_step_is_what_it_held_at_once():
+    step = StepMemory(CPU)
+    gone = torch.ones(2**28, dtype=torch.uint8)  # a peak before the step is none of its
+    del gone
+    step.begin()
+    held = torch.ones(2**26, dtype=torch.uint8)
+    del held
+    held = torch.ones(2**26, dtype=torch.uint8)
+    step.end()
+    assert 2**26 <= step.peak - step.before < 1.5 * 2**26
+    assert held.all() and 2**26 < step.free < 2**50
+
+
+@pytest.mark.parametrize(
+    ("before", "peak", "free", "states", "expected"),
+    [
+        (100, 400, 1200, 100, 4500),  # 200 beside the gradients for 1000 tokens, and 0.9 of 1000 left
+        (100, 200, 1200, 100, None),  # no more than the gradients
+        (100, 400, 150, 100, 0),
+        (None, 400, 1200, 100, None),
+        (100, None, 1200, 100, None),
+    ],
+)
+def test_the_largest_grid_fills_what_gradients_and_states_leave(before, peak, free, states, expected):
+    step = StepMemory(CPU, before=before, peak=peak, free=free)
+    assert step.largest_grid(1000, gradients=100, states=states) == expected
+
+
+def test_without_a_file_of_linux_nothing_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "PROCESS", tmp_path)
+    step = StepMemory(CPU)
+    step.begin()
+    step.end()
+    assert (step.before, step.peak, step.free) == (None, None, None)
+    assert step.largest_grid(1000, 0, 0) is None
+
+
+def test_numbers_are_read_by_their_names(tmp_path):
+    file = tmp_path / "status"
+    file.write_text("VmPeak:\t     12 kB\nVmHWM:\t      7 kB\n")
+    assert kilobytes(file, "VmHWM") == 7168
+    with pytest.raises(OSError, match="status has no VmRSS"):
+        kilobytes(file, "VmRSS")
