@@ -56,10 +56,12 @@ def op_inputs(device: torch.device) -> dict[str, Inputs]:
 
     q, k, v = states(2, 4, 5, 7, 16), states(2, 2, 5, 7, 16), states(2, 2, 5, 7, 16)
     caches = states(2, 2, 5, 16), states(2, 2, 5, 16), states(2, 2, 5, 2, 3, 16), states(2, 2, 5, 2, 3, 16)
+    part = caches[0], caches[1], caches[2][:, :, 2:], caches[3][:, :, 2:]
     hidden, weight, targets = states(13, 48), states(101, 48) / 4, integers(101, 13)
     return {
         "thought_attention": Inputs((q, k, v), options=dict(rationales=2)),
         "thought_attention_step": Inputs((states(2, 4, 5, 2, 16), *caches), options=dict(step=1)),
+        "thought_attention_part": Inputs((states(2, 4, 3, 2, 3, 16), *part)),
         "mix_hidden": Inputs(
             (states(6, 48), hidden, states(13, 48), states(48)), options=dict(base_index=integers(6, 13))
         ),

@@ -31,6 +31,10 @@ def call(op: str, dtype: torch.dtype, width: int, **options) -> None:
             [states(1, 2, 3, 1), states(1, 2, 3), states(1, 2, 3), states(1, 2, 3, 1, 2), states(1, 2, 3, 1, 2)],
             (1,),
         ),
+        "thought_attention_part": (
+            [states(1, 2, 2, 1, 2), states(1, 2, 3), states(1, 2, 3), states(1, 2, 2, 1, 2), states(1, 2, 2, 1, 2)],
+            (),
+        ),
         "mix_hidden": ([states(3), states(3), states(3), states()], ()),
         "linear_log_prob": ([states(3), states(5)], (targets,)),
         "linear_log_prob_sum": ([states(3), states(5)], (targets, row_weight)),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from qstar_kernels import backends, thought_attention, thought_attention_step
+from qstar_kernels import backends, thought_attention, thought_attention_part, thought_attention_step
 from qstar_kernels.testing import AttentionCase, attention_inputs
 
 by_torch = import_module("qstar_kernels.thought_attention.torch")
@@ -80,6 +80,28 @@ def test_opcheck_of_the_step(name, step, step_index):
     arguments = detached(arguments)
     out, lse = ops.thought_attention_step(*arguments)
     opcheck(ops.thought_attention_step_backward.default, (torch.ones_like(out), out, lse, *arguments[:-1]))
+
+
+def part_leaves(case: AttentionCase, queries: int) -> list[Tensor]:
+    """q [B, Hq, Nq, r, T, D] and keys and values of the text and of the thoughts at the last ``queries`` positions."""
+    inputs = attention_inputs(case)
+    first = case.positions - queries
+    own = [x[:, :, first:, 1:].unflatten(3, (case.rationales, case.tokens)) for x in (inputs.q, inputs.k, inputs.v)]
+    leaves = (own[0], inputs.k[:, :, :, 0], inputs.v[:, :, :, 0], *own[1:])
+    return [x.detach().clone().requires_grad_() for x in leaves]
+
+
+@pytest.mark.parametrize("name", ["plain", "every rule", "two rationales", "no position"])
+def test_opcheck_of_a_part(name):
+    case = CASES[name]
+    q, *others = part_leaves(case, min(4, case.positions))
+    rules = step_rules(case)
+    arguments = (q.detach().flatten(3, 4).requires_grad_(), *others, rules["sinks"], rules["text_start"], 0.4)
+    arguments += (case.window, case.softcap, "torch")
+    opcheck(ops.thought_attention_part.default, arguments)
+    arguments = detached(arguments)
+    out, lse = ops.thought_attention_part(*arguments)
+    opcheck(ops.thought_attention_part_backward.default, (torch.ones_like(out), out, lse, *arguments[:-1]))
 
 
 def assert_compiles(function, leaves, *others, compiler="aot_eager"):
@@ -178,6 +200,13 @@ def test_flops_of_the_step_are_those_that_count():
     arguments = step_arguments(case._replace(positions=4), None, torch.tensor(0))
     all_tokens = 2 * 2 * ((1 + 2 + 3 + 4) + 4 * 3)
     assert count_flops(lambda *_: ops.thought_attention_step(*arguments)[0], ()) == (all_tokens * 14, all_tokens * 36)
+
+
+def test_flops_of_a_part_are_those_that_count():
+    case = AttentionCase(1, 2, 1, positions=3, rationales=2, tokens=3, width=4, value_width=3)
+    leaves = part_leaves(case, 2)
+    pairs = 2 * 2 * (3 * (2 + 3) + 2 * (1 + 2 + 3))  # heads, rationales, (tokens and the text, positions and own keys)
+    assert count_flops(thought_attention_part, leaves) == (pairs * 14, pairs * 36) == (1512, 3888)
 
 
 def test_the_import_is_light():

@@ -138,17 +138,17 @@ def test_a_rival_takes_the_place_of_a_kernel_if_it_is_faster(monkeypatch, speed,
 
 
 def test_a_rival_joins_and_leaves_the_table(tmp_path):
-    key = "hopper_forward", "16", 128
+    key = "hopper_forward", "16", 256
     entries = tune.with_winners(ATTENTION.TABLE.entries, "sm_90", {key: PRESENT}, CARD)
     path = tmp_path / "tiles.json"
     path.write_text(tile_table.format_table(entries))
     table = tile_table.TileTable(path)
-    assert table.find_special("hopper_forward", "sm_90", torch.bfloat16, 128) == PRESENT
-    assert table.find_special("hopper_forward", "sm_90", torch.bfloat16, 127) is None
-    assert table.find_special("hopper_forward", "sm_90", torch.float32, 128) is None
-    assert table.find_special("hopper_forward", "sm_103", torch.bfloat16, 128) is None
+    assert table.find_special("hopper_forward", "sm_90", torch.bfloat16, 256) == PRESENT
+    assert table.find_special("hopper_forward", "sm_90", torch.bfloat16, 255) is None
+    assert table.find_special("hopper_forward", "sm_90", torch.float32, 256) is None
+    assert table.find_special("hopper_forward", "sm_103", torch.bfloat16, 256) is None
     with table.trying("hopper_forward", None):
-        assert table.find_special("hopper_forward", "sm_90", torch.bfloat16, 128) is None
+        assert table.find_special("hopper_forward", "sm_90", torch.bfloat16, 256) is None
     assert tune.with_winners(entries, "sm_90", {key: None}, CARD) == ATTENTION.TABLE.entries
 
 

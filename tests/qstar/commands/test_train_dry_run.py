@@ -82,7 +82,7 @@ def test_nothing_is_written_and_the_page_is_printed(root, tmp_path, capsys, monk
         "data        15 rows of up to 8 tokens",
         "run         4 steps of 4 rows, up to 32 tokens",
     ]
-    assert "in runs/quiet-star: the model 1.07 MiB, checkpoints 1 of 1.07 MiB; " in lines[5]
+    assert "in runs/quiet-star: the model 1.07 MiB, checkpoints 1 of 1.07 MiB; " in lines[6]
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
