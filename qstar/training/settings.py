@@ -30,6 +30,7 @@ IGNORED_ARGUMENTS = {
     "torch_compile": "passes over text and over thoughts have other shapes and layouts, on which the compiler fails",
     "use_liger_kernel": "it replaces the forward in which the model thinks",
 }  # fields of TrainingArguments that would be ignored, or make a result wrong
+UNSAVED_OPTIMIZERS = ("adamw_torch_4bit", "adamw_torch_8bit")  # their states are tensors of a class of torchao's
 LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -134,6 +135,11 @@ class QuietStarArguments(DataSettings, TrainingArguments):
             value = getattr(self, name, None)
             if name in defaults and value not in (defaults[name].default, [], None):
                 raise ValueError(f"{name} is {value!r}, but it must be left alone: {why}")
+        if self.optim in UNSAVED_OPTIMIZERS and self.save_strategy != "no" and not self.save_only_model:
+            raise ValueError(
+                f"optim is {str(self.optim.value)!r}, whose states no checkpoint can hold: adamw_bnb_8bit has some "
+                "that it can; or set save_only_model=True, or save_strategy='no'"
+            )
         self.check_data()
         if self.thought_temperature < 0:
             raise ValueError(f"thought_temperature is {self.thought_temperature}, but it must be at least 0")

@@ -46,14 +46,14 @@ def on_every_rank(worker, *arguments: object) -> None:
             pytest.fail("the processes did not end")
 
 
-def trained(folder: str, world_size: int, streamed: bool) -> dict[str, torch.Tensor]:
+def trained(folder: str, world_size: int, streamed: bool, at_once: int = 0) -> dict[str, torch.Tensor]:
     """The weights after two updates of four rows that are learned from to very different extents, and an evaluation."""
     rows = unequal_rows()
     options = dict(max_steps=2, warmup_steps=0, optim="sgd", learning_rate=0.1, max_grad_norm=1e9, save_strategy="no")
     quiet = dict(report_to="none", disable_tqdm=True, sample_steps=0, gradient_norm_steps=0, use_cpu=True)
     batch = dict(per_device_train_batch_size=4 // world_size, train_sampling_strategy="sequential", seq_length=12)
     model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2)
-    args = QuietStarArguments(folder, **options, **quiet, **batch)
+    args = QuietStarArguments(folder, **options, **quiet, **batch, max_grid_tokens=at_once)
     stream = IterableDataset.from_generator(lambda: iter(rows))
     trainer = QuietStarTrainer(model, args, train_dataset=stream if streamed else rows)
     trainer.train()
@@ -62,24 +62,24 @@ def trained(folder: str, world_size: int, streamed: bool) -> dict[str, torch.Ten
     return model.state_dict() | {name: torch.tensor(found[f"eval_{name}"]) for name in ("tokens", "nll_talk")}
 
 
-def train_elsewhere(rank: int, port: int, results: str, streamed: bool) -> None:
+def train_elsewhere(rank: int, port: int, results: str, streamed: bool, at_once: int) -> None:
     torch.set_num_threads(1)
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.save(trained(f"{results}/run", RANKS, streamed), f"{results}/{rank}.pt")
+    torch.save(trained(f"{results}/run", RANKS, streamed, at_once), f"{results}/{rank}.pt")
     assert distributed.get_world_size() == RANKS
     leave()
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
-def test_the_trainer_makes_the_same_updates_on_two_processes(streamed, tmp_path):
-    """Though one of them learns from other numbers of tokens than the other."""
+@pytest.mark.parametrize(("streamed", "at_once"), [(False, 0), (True, 0), (False, 50)], ids=["rows", "stream", "parts"])
+def test_the_trainer_makes_the_same_updates_on_two_processes(streamed, at_once, tmp_path):
+    """Though one of them learns from other numbers of tokens than the other, and from grids in more parts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    on_every_rank(train_elsewhere, port, str(tmp_path), streamed)
+    on_every_rank(train_elsewhere, port, str(tmp_path), streamed, at_once)
     whole = trained(str(tmp_path / "alone"), 1, streamed)
     start = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2).state_dict()
     for rank in range(RANKS):
