@@ -3,8 +3,8 @@ import sys
 import pytest
 import torch
 
-from qstar.training import memory
-from qstar.training.memory import StepMemory, kilobytes
+from qstar.training import step_memory
+from qstar.training.step_memory import StepMemory, kilobytes
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def test_the_largest_grid_fills_what_gradients_and_states_leave(before, peak, fr
 
 
 def test_without_a_file_of_linux_nothing_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "PROCESS", tmp_path)
+    monkeypatch.setattr(step_memory, "PROCESS", tmp_path)
     step = StepMemory(CPU)
     step.begin()
     step.end()
