@@ -21,10 +21,10 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from qstar.cpu import keep_freed_memory
 from qstar.training.folders import check_unused, default_folders
-from qstar.training.step_memory import StepMemory
 from qstar.training.prepare import Prepared, prepare, split_settings
 from qstar.training.savable import check_savable
 from qstar.training.settings import QuietStarArguments
+from qstar.training.step_memory import StepMemory
 from qstar.training.trainer import QuietStarTrainer
 
 OTHERWISE: dict[str, Any] = dict(
