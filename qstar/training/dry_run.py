@@ -22,7 +22,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from qstar.cpu import keep_freed_memory
 from qstar.training.folders import check_unused, default_folders
 from qstar.training.prepare import Prepared, prepare, split_settings
-from qstar.training.savable import check_savable
+from qstar.training.savable import check_savable, saved_bytes
 from qstar.training.settings import QuietStarArguments
 from qstar.training.trainer import QuietStarTrainer
 
@@ -160,7 +160,7 @@ def tried(prepared: Prepared, args: QuietStarArguments, folder: Path) -> DryRun:
     trainer.add_callback(step)
     loss = trainer.train().training_loss
     parameters = list(model.parameters())
-    model_bytes = sum({x.data_ptr(): x.nbytes for x in model.state_dict().values()}.values())  # tied ones once
+    model_bytes = saved_bytes(model)
     optimizer = cast(torch.optim.Optimizer, trainer.optimizer)
     states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
     gpu = args.device.type == "cuda"
