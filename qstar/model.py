@@ -41,6 +41,7 @@ else:
 
 MIXING_HEAD_FILE = "qstar/mixing_head.safetensors"
 EMBEDDINGS_FILE = "qstar/thought_embeddings.safetensors"
+BASE_VOCABULARY = "base_vocabulary"  # how many rows it has, among the metadata of that file
 PREFIX = "qstar_"
 
 
@@ -248,7 +249,8 @@ class QuietStarModel(_Decoder):
         elif kwargs:
             raise ValueError(f"{', '.join(kwargs)} given, but a folder of adapters holds no files of the base")
         elif is_main_process:
-            save_file(self._embeddings(mine["qstar_start"], mine["qstar_end"]), folder / EMBEDDINGS_FILE)
+            embeddings = self._embeddings(mine["qstar_start"], mine["qstar_end"])
+            save_file(embeddings, folder / EMBEDDINGS_FILE, {BASE_VOCABULARY: str(self.qstar_base_vocabulary)})
             adapters.save_adapters(self, folder, state)
             if self.generation_config is not None:
                 self.generation_config.save_pretrained(folder)

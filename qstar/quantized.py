@@ -7,8 +7,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 EIGHT_BIT = (
-    "bitsandbytes rounds the states of a pass to 8 bits as well, by scales that differ from pass to pass, so that a "
-    "thought would be scored by another model than the one that sampled it: load it in 4 bits (load_in_4bit=True)"
+    "bitsandbytes rounds the states of a pass as well, by what else is in the pass, and otherwise in train() than in "
+    "eval(), so that a thought would be scored by another model than the one that sampled it: load it in 4 bits "
+    "(load_in_4bit=True)"
 )
 
 

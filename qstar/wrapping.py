@@ -34,7 +34,7 @@ from qstar.compatibility import (
 )
 from qstar.config import QuietStarConfig, ThoughtSettings, check_names, setting_names
 from qstar.heads import MixingHead
-from qstar.model import EMBEDDINGS_FILE, QuietStarModel, embedding_rows, existing, long_rope_limit
+from qstar.model import BASE_VOCABULARY, EMBEDDINGS_FILE, QuietStarModel, embedding_rows, existing, long_rope_limit
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,7 @@ def _with_adapters(folder: str | Path, config: QuietStarConfig, kwargs: dict[str
     with safe_open(existing(folder, EMBEDDINGS_FILE, "the thought embeddings are"), "pt") as embeddings:
         dtype = embeddings.get_tensor("start").dtype
         added = embeddings.get_slice("input").get_shape()[0] if "input" in embeddings.keys() else 0  # noqa: SIM118
+        wanted = int(embeddings.metadata()[BASE_VOCABULARY])
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise FileNotFoundError(
             f"{folder} holds adapters of the model in {name}, says its {ADAPTER_CONFIG_NAME}, but no folder is there"
@@ -155,10 +156,12 @@ def _with_adapters(folder: str | Path, config: QuietStarConfig, kwargs: dict[str
     plain = AutoModelForCausalLM.from_pretrained(name, **({"dtype": dtype} | at | kwargs))
     check_architecture(plain)
     known = len(embedding_rows(plain))
+    if known != wanted:
+        raise ValueError(
+            f"{folder} is of a base with {wanted} rows in its vocabulary, but that of {name} has {known}: it is another"
+        )
     if added:
         plain.resize_token_embeddings(known + added, mean_resizing=False)
-    if len(embedding_rows(plain)) <= max(config.start_token_id, config.end_token_id):
-        raise ValueError(f"{folder} holds adapters of a larger vocabulary than that of {name}: the base is another")
     model = attach(plain, config, known)
     model.add_adapter(settings)
     adapters.load_adapters(model, folder)
