@@ -27,6 +27,7 @@ IN_PEFT = "base_model.model."  # before the names of weights in peft's files
 CHOSEN = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+    "target_parameters",  # which peft makes of the names of experts' layers
     *("init_lora_weights", "runtime_config", "inference_mode"),
     *("task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
 )  # fields of LoraConfig that may be anything
@@ -85,7 +86,7 @@ def resolved(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
         raise TypeError(f"lora is {config!r}, but it must be True, False or a peft.LoraConfig")
     config = copy.deepcopy(config)
     check_fields(config)
-    if config.target_modules in (None, ALL_LINEAR):
+    if config.target_modules == ALL_LINEAR or not (config.target_modules or config.target_parameters):
         layers = linear_layers(model)
         config.target_modules = sorted({name.rpartition(".")[2] for name in layers})
         config.exclude_modules = excluded(model, config, set(layers))
@@ -104,10 +105,15 @@ def excluded(model: PreTrainedModel, config: LoraConfig, layers: set[str]) -> li
 
 
 def targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """The modules that ``config`` is for, by their names."""
+    """The modules that ``config`` is for, or whose parameters it is for, by their names."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    return {name: module for name, module in model.named_modules() if check_target_module_exists(config, name)}
+    found = {name: module for name, module in model.named_modules() if check_target_module_exists(config, name)}
+    for name, _ in model.named_parameters():
+        if any(f".{name}".endswith(f".{key}") for key in config.target_parameters or ()):
+            inside = name.rpartition(".")[0]
+            found[inside] = model.get_submodule(inside)
+    return found
 
 
 def check_fields(config: LoraConfig) -> None:
@@ -134,7 +140,7 @@ def check_fields(config: LoraConfig) -> None:
 def check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
     """Raise ValueError where ``config`` is for what must not have adapters, or for nothing."""
     found = targets(model, config)
-    if not found:
+    if not found and not config.target_parameters:  # which peft calls otherwise once they have adapters
         raise ValueError(f"lora is for {config.target_modules!r}, but {type(model).__name__} has no such layer")
     base = dict(named_in(model, model.base_model))
     for name, module in found.items():
@@ -292,7 +298,7 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
             "the model's weights are quantised, and adapters added to them would be rounded: load the base in full "
             "precision, and merge into that"
         )
-    for name, layer in lora_layers(model).items():
+    for name, layer in reversed(lora_layers(model).items()):  # of two around the same experts, the inner one first
         layer.merge(safe_merge=True)
         model.set_submodule(name, layer.get_base_layer())
     del model.peft_config

@@ -148,6 +148,7 @@ def test_merged_in_place_by_peft_it_is_refused_and_merged_for_good_it_is_ordinar
         ),
         (dict(target_modules=["lm_head", "q_proj"]), "lora is for lm_head, but adapters must be of layers inside"),
         (dict(target_modules=r".*mixing_head\.hidden"), r"lora is for qstar_mixing_head\.hidden, but"),
+        (dict(target_parameters=["lm_head.weight"]), "lora is for lm_head, but adapters must be of layers inside"),
         (dict(target_modules=["c_attn"]), r"lora is for \{'c_attn'\}, but LlamaForCausalLM has no such layer"),
     ],
 )
