@@ -82,8 +82,7 @@ def resolved(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
         TypeError: it is no ``LoraConfig``.
         ValueError: it asks for what would be ignored, or would make a thought another model's.
     """
-    if not isinstance(config, peft().LoraConfig):
-        raise TypeError(f"lora is {config!r}, but it must be True, False or a peft.LoraConfig")
+    check_is_config(config)
     config = copy.deepcopy(config)
     check_fields(config)
     if config.target_modules == ALL_LINEAR or not (config.target_modules or config.target_parameters):
@@ -93,6 +92,12 @@ def resolved(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
     check_targets(model, config)
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in targets(model, config).values())
     return config
+
+
+def check_is_config(config: Any) -> None:
+    """Raise TypeError unless ``config`` is a ``peft.LoraConfig``."""
+    if not isinstance(config, peft().LoraConfig):
+        raise TypeError(f"lora is {config!r}, but it must be True, False or a peft.LoraConfig")
 
 
 def excluded(model: PreTrainedModel, config: LoraConfig, layers: set[str]) -> list[str] | str | None:

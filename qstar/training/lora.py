@@ -37,7 +37,9 @@ class LoraSettings:
     lora_lr_factor: float = setting(10.0, "Learning rate of the adapters over learning_rate.")
 
     def check_lora(self) -> None:
-        """Raise ValueError for a wrong value, or one that would be ignored."""
+        """Raise ValueError for a wrong value, or one that would be ignored; TypeError where ``lora`` is no config."""
+        if not isinstance(self.lora, bool):
+            adapters.check_is_config(self.lora)
         if isinstance(self.lora_rank, bool) or not isinstance(self.lora_rank, int) or self.lora_rank < 1:
             raise ValueError(f"lora_rank is {self.lora_rank!r}, but it must be an integer of at least 1")
         if self.lora_targets is not None and not self.lora_targets:

@@ -23,7 +23,9 @@ LORA = dict(lora=True, lora_rank=3, learning_rate=1e-3)
 SAVED = dict(save_strategy="steps", save_steps=2, max_steps=4)
 FAMILIES = {"llama": {}, "llama, tied": {"tie_word_embeddings": True}, "gpt2": {}, "gemma2": {}}
 each_family = pytest.mark.parametrize("family", FAMILIES)
-and_experts = pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3"])
+EXPERTS = "deepseek_v3"
+and_experts = pytest.mark.parametrize("family", [*FAMILIES, EXPERTS])
+OTHERS = [pytest.param(each, marks=pytest.mark.slow) for each in tiny.FAMILIES if each not in (*FAMILIES, EXPERTS)]
 
 
 def learned(model) -> dict[str, torch.Tensor]:
@@ -53,7 +55,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.detach().double() - theirs.double()).norm() / theirs.double().norm())
 
 
-@and_experts
+@pytest.mark.parametrize("family", [*FAMILIES, EXPERTS, *OTHERS])
 def test_trained_saved_loaded_and_merged_is_the_same_model(tmp_path, family):
     """Loaded bit for bit; merged to 1e-6, also where plain transformers loads it."""
     base = base_folder(tmp_path / "base", family.split(",")[0], **FAMILIES.get(family, {}))
@@ -305,6 +307,11 @@ def test_evaluation_and_generation_think_with_adapters(tmp_path):
 def test_a_setting_that_is_wrong_or_would_be_ignored_is_refused(tmp_path, settings, match):
     with pytest.raises(ValueError, match=re.escape(match)):
         tiny_train(tmp_path / "run", model=base_folder(tmp_path / "base"), **settings)
+
+
+def test_what_is_no_config_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"lora is 'yes', but it must be True, False or a peft\.LoraConfig"):
+        tiny_train(tmp_path / "run", model=base_folder(tmp_path / "base"), lora="yes")
 
 
 def test_a_rate_for_adapters_of_a_config_of_its_own_is_taken():
