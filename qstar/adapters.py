@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +23,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, C
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+SAMPLES_FILE = "qstar/base_samples.safetensors"
+SAMPLED = 8  # weights of each tensor of the base, by which it is known again
 ALL_LINEAR = "all-linear"  # peft's own word
 IN_PEFT = "base_model.model."  # before the names of weights in peft's files
 CHOSEN = (
@@ -183,14 +186,10 @@ def check_adapters(model: PreTrainedModel) -> None:
             )
 
 
-def adopt(model: PreTrainedModel) -> bool:
-    """Take the adapters in ``model`` for its own, without dropout; whether peft put them there, past transformers."""
-    if not has_adapters(model):
-        return False
+def adopt(model: PreTrainedModel) -> None:
+    """Take the adapters in ``model`` for its own, without dropout, also where peft has put them there by itself."""
     model.peft_config = {name: without_dropout(config) for name, config in model.peft_config.items()}
-    unknown = not model._hf_peft_config_loaded
     model._hf_peft_config_loaded = True
-    return unknown
 
 
 def without_dropout(config: Any) -> Any:
@@ -224,9 +223,14 @@ def base_of(model: PreTrainedModel) -> tuple[str, str | None]:
 
 
 def check_folder(model: PreTrainedModel, folder: Path) -> None:
-    """Raise ValueError where ``model`` would lie in ``folder`` beside what is loaded in its place, or with it."""
+    """Raise ValueError where ``model`` would lie in ``folder`` beside what is loaded in its place, or with it.
+
+    So it is with adapters whose base could not be found again.
+    """
     if has_adapters(model) and (folder / CONFIG_NAME).exists():
         raise ValueError(f"{folder} holds a whole model, and the adapters of this one would be taken for its own")
+    if has_adapters(model):
+        base_of(model)
     if not has_adapters(model) and holds_adapters(folder):
         raise ValueError(f"{folder} holds adapters, which would be added to this model when it is loaded")
 
@@ -266,6 +270,31 @@ def save_adapters(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]
     config.inference_mode = True  # as peft writes it
     config.base_model_name_or_path, config.revision = base_of(model)
     config.save_pretrained(str(folder))
+    (folder / SAMPLES_FILE).parent.mkdir(exist_ok=True)
+    save_file(samples(model), folder / SAMPLES_FILE)
+
+
+def samples(model: nn.Module) -> dict[str, Tensor]:
+    """The first weights of each tensor but the adapters', and but for quantised ones, by its name in the base."""
+    return {
+        name.replace(".base_layer.", "."): parameter.detach().flatten()[:SAMPLED].clone()
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name and parameter.is_floating_point()
+    }
+
+
+def check_base(base: PreTrainedModel, folder: str | Path) -> None:
+    """Raise ValueError where ``base`` has other weights than the one that the adapters in ``folder`` learned beside."""
+    found = samples(base)
+    for name, stored in load_file(Path(folder) / SAMPLES_FILE).items():
+        if name not in found:
+            continue  # the thoughts' own, or quantised here
+        coarse = min(stored.dtype, found[name].dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(stored.to(coarse), found[name].to("cpu", coarse)):
+            raise ValueError(
+                f"{folder} holds adapters of {base.name_or_path}, but its {name} is not what it was beside them: the "
+                "base is another"
+            )
 
 
 def load_adapters(model: PreTrainedModel, folder: str | Path) -> None:
@@ -294,10 +323,12 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
         ``model`` itself.
 
     Raises:
-        ValueError: it has no adapters, or its weights are quantised, where a sum would be rounded; a sum is not finite.
+        ValueError: it has no adapters, or such as :func:`check_adapters` refuses; its weights are quantised, where a
+            sum would be rounded; a sum is not finite.
     """
     if not has_adapters(model):
         raise ValueError("the model has no adapters that could be merged")
+    check_adapters(model)
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
             "the model's weights are quantised, and adapters added to them would be rounded: load the base in full "
@@ -308,4 +339,5 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(name, layer.get_base_layer())
     del model.peft_config
     model._hf_peft_config_loaded = False
+    model.name_or_path = ""  # no folder holds it yet
     return model.requires_grad_(True)

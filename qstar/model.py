@@ -201,14 +201,15 @@ class QuietStarModel(_Decoder):
             ValueError: it cannot learn to think with them, or not be saved; see
                 :func:`qstar.adapters.check_adapters`.
         """
-        adapters.check_adapters(self)
-        if adapters.adopt(self):  # peft has frozen all else
+        if adapters.has_adapters(self):
+            adapters.check_adapters(self)
+            adapters.adopt(self)
             self._thaw()
 
     def _thaw(self) -> None:
-        """Let the mixing head and the thought embeddings learn."""
+        """Let the adapters, the mixing head and the thought embeddings learn: peft freezes all that is not its own."""
         for name, parameter in self.named_parameters():
-            if name.startswith(PREFIX):
+            if name.startswith(PREFIX) or ".lora_" in name:
                 parameter.requires_grad_(True)
 
     def save_pretrained(  # type: ignore[override]  # the rest of the base's arguments pass through
@@ -227,6 +228,8 @@ class QuietStarModel(_Decoder):
                 also: an argument for the base's files, or the base has no name.
         """
         folder = Path(save_directory)
+        if adapters.has_adapters(self) and kwargs:
+            raise ValueError(f"{', '.join(kwargs)} given, but a folder of adapters holds no files of the base")
         state = dict(self.state_dict() if state_dict is None else state_dict)
         mine = {name: state.pop(name) for name in list(state) if name.startswith(PREFIX)}
         embedding = embedding_rows(self)
@@ -246,8 +249,6 @@ class QuietStarModel(_Decoder):
             (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.qstar), indent=2) + "\n")
         if not adapters.has_adapters(self):
             super().save_pretrained(save_directory, is_main_process, state, **kwargs)
-        elif kwargs:
-            raise ValueError(f"{', '.join(kwargs)} given, but a folder of adapters holds no files of the base")
         elif is_main_process:
             embeddings = self._embeddings(mine["qstar_start"], mine["qstar_end"])
             save_file(embeddings, folder / EMBEDDINGS_FILE, {BASE_VOCABULARY: str(self.qstar_base_vocabulary)})

@@ -160,6 +160,7 @@ def _with_adapters(folder: str | Path, config: QuietStarConfig, kwargs: dict[str
         raise ValueError(
             f"{folder} is of a base with {wanted} rows in its vocabulary, but that of {name} has {known}: it is another"
         )
+    adapters.check_base(plain, folder)
     if added:
         plain.resize_token_embeddings(known + added, mean_resizing=False)
     model = attach(plain, config, known)

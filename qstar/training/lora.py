@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
 
 from qstar import adapters
 from qstar.config import setting
@@ -44,14 +47,20 @@ class LoraSettings:
             raise ValueError(f"lora_rank is {self.lora_rank!r}, but it must be an integer of at least 1")
         if self.lora_targets is not None and not self.lora_targets:
             raise ValueError("lora_targets is empty, but it must name layers, or be None for all linear ones")
-        if self.lora is True:
-            return
+        if self.lora is not True:
+            lora = "False" if self.lora is False else "a config of its own"
+            self._check_default(("lora_rank", "lora_alpha", "lora_targets"), f"lora is {lora}")
+
+    def check_rate(self, model: nn.Module) -> None:
+        """Raise ValueError for a learning rate of adapters that ``model`` does not have."""
+        if not adapters.has_adapters(model):
+            self._check_default(("lora_lr_factor",), "the model has no adapters")
+
+    def _check_default(self, names: Collection[str], why: str) -> None:
         for each in fields(LoraSettings):
             value = getattr(self, each.name)
-            learns = self.lora is not False and each.name == "lora_lr_factor"
-            if each.name != "lora" and value != each.default and not learns:
-                lora = "False" if self.lora is False else "a config of its own"
-                raise ValueError(f"{each.name} is {value!r}, but lora is {lora}: {each.name} would be ignored")
+            if each.name in names and value != each.default:
+                raise ValueError(f"{each.name} is {value!r}, but {why}: {each.name} would be ignored")
 
     def lora_config(self) -> LoraConfig:
         """The adapters as peft has them."""

@@ -79,6 +79,7 @@ def prepare(
     thinking, tokenizer = open_model(model, tokenizer, thoughts)
     if args.lora:
         thinking.add_adapter(args.lora_config())
+    args.check_rate(thinking)
     rows = read_rows(texts, tokenizer, args, dataset)
     if isinstance(rows, IterableDataset):
         rows = rows.repeat(None)  # one pass without end: a run that is resumed beyond the first finds its place
@@ -131,7 +132,8 @@ def check_quantization(model: str | Path | PreTrainedModel, args: QuietStarArgum
     if isinstance(model, PreTrainedModel):
         config, lora = model.config, bool(args.lora) or has_adapters(model)
     elif holds_adapters(model):
-        config, lora = AutoConfig.from_pretrained(stored_base(model)[0], trust_remote_code=False), True
+        name, revision = stored_base(model)
+        config, lora = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False), True
     else:
         config, lora = AutoConfig.from_pretrained(model, trust_remote_code=False), bool(args.lora)
     check_learnable(config, lora=lora, device=args.device.type)

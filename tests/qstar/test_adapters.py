@@ -329,6 +329,43 @@ def test_only_adapters_of_plain_weights_are_merged():
     assert not merged.model.layers[0].mlp.up_proj.base_layer.weight.requires_grad
 
 
+def test_adapters_of_a_model_that_no_folder_holds_are_not_saved(tmp_path, saved):
+    """Merged or trained, its weights are no more those of the base whose name it had."""
+    model = merge_adapters(load(saved)[0])
+    model.add_adapter(LoraConfig(r=2))
+    with pytest.raises(ValueError, match="no name by which adapters could find it again"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_that_was_trained_as_a_whole_is_the_base_of_its_folder(tmp_path, base):
+    whole = tiny_train(tmp_path / "whole", model=base, learning_rate=1e-3)
+    result = tiny_train(tmp_path / "run", model=whole.model, lora=True, learning_rate=1e-3)
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "whole")
+    assert torch.equal(logits(load(tmp_path / "run")[0]), logits(result.model))
+
+
+def test_a_base_with_other_weights_is_refused(tmp_path, base, saved):
+    model = opened(base)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight[0, 3] *= 1.0001
+    model.save_pretrained(base)
+    with pytest.raises(ValueError, match=r"its model\.layers\.1\.mlp\.gate_proj\.weight is not what it was beside"):
+        load(saved)
+
+
+def test_a_folder_of_pefts_own_learns_to_think(tmp_path, base):
+    """transformers opens it with adapters that are frozen."""
+    by_peft(base).save_pretrained(tmp_path / "adapters")
+    tiny.tokenizer().save_pretrained(tmp_path / "adapters")
+    result = tiny_train(tmp_path / "run", model=str(tmp_path / "adapters"), learning_rate=1e-3)
+    before = dict(by_peft(base).get_base_model().named_parameters())
+    moved = [name for name, x in result.model.named_parameters() if name in before and not torch.equal(x, before[name])]
+    assert set(moved) == {name for name in before if ".lora_" in name} | {"model.embed_tokens.weight", "lm_head.weight"}
+    assert torch.equal(logits(load(tmp_path / "run")[0]), logits(result.model))
+
+
 def test_without_peft_it_is_said_what_to_install(tmp_path, base, saved, monkeypatch):
     model = tiny.thinking_model("llama", **SETTINGS)
     config = LoraConfig(r=2)

@@ -217,7 +217,7 @@ def test_adapters_go_on_learning_in_another_run(tmp_path):
     begun = {name: x.clone() for name, x in learned(first.model).items()}
     still = tiny_train(tmp_path / "still", model=str(tmp_path / "first"), learning_rate=0.0)
     assert {name: x.tolist() for name, x in learned(still.model).items()} == {n: x.tolist() for n, x in begun.items()}
-    second = tiny_train(tmp_path / "second", model=str(tmp_path / "first"), learning_rate=1e-3)
+    second = tiny_train(tmp_path / "second", model=str(tmp_path / "first"), learning_rate=1e-4, lora_lr_factor=20.0)
     moved = [name for name, x in learned(second.model).items() if not torch.equal(x, begun[name])]
     assert set(moved) == begun.keys()
     assert sha256(load(tmp_path / "second")[0]) == sha256(second.model)
@@ -296,7 +296,7 @@ def test_evaluation_and_generation_think_with_adapters(tmp_path):
         (dict(lora=True, lora_alpha="much"), "lora_alpha is 'much', but it must be a number"),
         (dict(lora=True, lora_targets=[]), "lora_targets is empty, but it must name layers"),
         (dict(lora_rank=4), "lora_rank is 4, but lora is False: lora_rank would be ignored"),
-        (dict(lora_lr_factor=2.0), "lora_lr_factor is 2.0, but lora is False"),
+        (dict(lora_lr_factor=2.0), "lora_lr_factor is 2.0, but the model has no adapters"),
         (
             dict(lora=LoraConfig(), lora_alpha=4.0),
             "lora_alpha is 4.0, but lora is a config of its own",
