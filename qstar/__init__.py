@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qstar.adapters import merge_adapters
     from qstar.config import QuietStarConfig
     from qstar.embedded.run import train_embedded
     from qstar.evaluation.held_out import evaluate
@@ -33,6 +34,7 @@ _HOME = {
     "TrainResult": "training.fit",
     "evaluate": "evaluation.held_out",
     "load": "wrapping",
+    "merge_adapters": "adapters",
     "train": "training.run",
     "train_embedded": "embedded.run",
     "wrap": "wrapping",
@@ -46,6 +48,7 @@ __all__ = [
     "TrainResult",
     "evaluate",
     "load",
+    "merge_adapters",
     "train",
     "train_embedded",
     "wrap",

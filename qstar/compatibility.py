@@ -17,6 +17,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from qstar.grid import Text, ThoughtGrid
 from qstar.layouts import Packed
 from qstar.model import QuietStarModel, embedding_rows
+from qstar.quantized import check_states
 from qstar.talking import read_grid
 from qstar.thinking import advance, evaluating, read_text
 
@@ -32,8 +33,8 @@ MOST_WORDS = 1000  # of a vocabulary that the check draws from and scores
 def check_architecture(model: PreTrainedModel) -> None:
     """Raise ValueError where the architecture of ``model`` cannot carry thoughts."""
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers model, but it is {name}")
+    check_kind(model)
+    check_states(model.config)
     config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder, but only decoders can think")
@@ -71,6 +72,19 @@ def check_architecture(model: PreTrainedModel) -> None:
             raise ValueError(f"{name} has no {what}")
         if not isinstance(getattr(module, "weight", None), Tensor):
             raise ValueError(f"{name} has no single {what}, but a {type(module).__name__}")
+
+
+def check_kind(model: Any) -> None:
+    """Raise TypeError unless ``model`` is one of transformers."""
+    if isinstance(model, PreTrainedModel):
+        return
+    name = type(model).__name__
+    if hasattr(model, "get_base_model"):
+        raise TypeError(
+            f"model must be a transformers model, but it is a {name} around one: give the one inside, "
+            "model.get_base_model(), which has its adapters in it"
+        )
+    raise TypeError(f"model must be a transformers model, but it is {name}")
 
 
 def disable_dropout(model: PreTrainedModel) -> None:

@@ -3,7 +3,8 @@
 A model that thinks is an instance of a class made at run time, see :mod:`qstar.classes`. The parameters
 of the base keep their names, the new ones are called ``qstar_*``; everything that worked with the model goes on
 working. On disk the folder is an ordinary checkpoint of the base model, with the settings in ``qstar_config.json`` and
-the mixing head in ``qstar/mixing_head.safetensors`` beside it.
+the mixing head in ``qstar/mixing_head.safetensors`` beside it; where the model has adapters, they stand in the place of
+the base, which is named in their settings, and the thought embeddings in ``qstar/thought_embeddings.safetensors``.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qstar import attention, layouts
+from qstar import adapters, attention, layouts
 from qstar.autocast import compute_dtype
 from qstar.config import CONFIG_FILE, QuietStarConfig
 from qstar.grid import ThoughtGrid
 from qstar.heads import LanguageHead, MixingHead
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
 
     class _Decoder(PreTrainedModel):
         generate: Any
         init_continuous_batching: Any
+        add_adapter: Any
         _prepare_cache_for_generation: Any
         _get_logits_processor: Any
 
@@ -37,6 +40,8 @@ else:
     _Decoder = object  # at run time the decoder is the last base of each class, see qstar.classes
 
 MIXING_HEAD_FILE = "qstar/mixing_head.safetensors"
+EMBEDDINGS_FILE = "qstar/thought_embeddings.safetensors"
+BASE_VOCABULARY = "base_vocabulary"  # how many rows it has, among the metadata of that file
 PREFIX = "qstar_"
 
 
@@ -49,6 +54,7 @@ class QuietStarModel(_Decoder):
         qstar_end: embedding of the token that closes it, ``[E]``.
         qstar_mixing_head: weighs a thought.
         qstar_forbidden: ids of both tokens, ``[2]`` int64, which no distribution holds.
+        qstar_base_vocabulary: rows of the vocabulary that the base came with; tokens were added behind them.
         qstar_replay: makes the calls of a thinking model's later tokens from its second one; None to call each, see
             :mod:`qstar.experimental.cuda_graph`.
     """
@@ -58,6 +64,7 @@ class QuietStarModel(_Decoder):
     qstar_end: nn.Parameter
     qstar_mixing_head: MixingHead
     qstar_forbidden: Tensor
+    qstar_base_vocabulary: int
     qstar_replay: Callable[[Any], Callable[[], None]] | None = None
     accepts_loss_kwargs = False
 
@@ -169,6 +176,42 @@ class QuietStarModel(_Decoder):
         dtype = compute_dtype(head.weight) if head.weight.dtype == torch.float32 else head.weight.dtype
         return LanguageHead(head.weight, head.bias, scale, softcap, forbidden, dtype)
 
+    def add_adapter(self, adapter_config: LoraConfig, adapter_name: str | None = None) -> None:
+        """Put adapters into the decoder; they, the mixing head and the thought embeddings learn, and nothing else.
+
+        Args:
+            adapter_config: of peft. It is for all linear layers of the decoder's layers where it names none.
+            adapter_name: ``"default"`` by default.
+
+        Raises:
+            TypeError, ValueError: the config is none for a model that thinks, or it has adapters already; see
+                :func:`qstar.adapters.resolved`.
+        """
+        if adapters.has_adapters(self):
+            raise ValueError(
+                "the model has adapters already, which go on learning: leave lora out, or merge them first"
+            )
+        super().add_adapter(adapters.resolved(self, adapter_config), adapter_name)
+        self._thaw()
+
+    def adopt_adapters(self) -> None:
+        """Let adapters learn that came into the model from outside, if there are any.
+
+        Raises:
+            ValueError: it cannot learn to think with them, or not be saved; see
+                :func:`qstar.adapters.check_adapters`.
+        """
+        if adapters.has_adapters(self):
+            adapters.check_adapters(self)
+            adapters.adopt(self)
+            self._thaw()
+
+    def _thaw(self) -> None:
+        """Let the adapters, the mixing head and the thought embeddings learn: peft freezes all that is not its own."""
+        for name, parameter in self.named_parameters():
+            if name.startswith(PREFIX) or ".lora_" in name:
+                parameter.requires_grad_(True)
+
     def save_pretrained(  # type: ignore[override]  # the rest of the base's arguments pass through
         self,
         save_directory: str | Path,
@@ -176,7 +219,17 @@ class QuietStarModel(_Decoder):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the base model, its thought embeddings in the vocabulary's rows, and the mixing head beside it."""
+        """Write the base model, its thought embeddings in the vocabulary's rows, and the mixing head beside it.
+
+        With adapters, they and the thought embeddings are written in the place of the base.
+
+        Raises:
+            ValueError: the folder is one of adapters and the model has none, or the other way round; with adapters
+                also: an argument for the base's files, or the base has no name.
+        """
+        folder = Path(save_directory)
+        if adapters.has_adapters(self) and kwargs:
+            raise ValueError(f"{', '.join(kwargs)} given, but a folder of adapters holds no files of the base")
         state = dict(self.state_dict() if state_dict is None else state_dict)
         mine = {name: state.pop(name) for name in list(state) if name.startswith(PREFIX)}
         embedding = embedding_rows(self)
@@ -186,7 +239,7 @@ class QuietStarModel(_Decoder):
                     tensor[self.qstar.start_token_id] = mine["qstar_start"].to(tensor)
                     tensor[self.qstar.end_token_id] = mine["qstar_end"].to(tensor)
         if is_main_process:  # before the base model, which may push the folder to a hub
-            folder = Path(save_directory)
+            adapters.check_folder(self, folder)
             (folder / MIXING_HEAD_FILE).parent.mkdir(parents=True, exist_ok=True)
             head = "qstar_mixing_head."
             save_file(
@@ -194,22 +247,64 @@ class QuietStarModel(_Decoder):
                 folder / MIXING_HEAD_FILE,
             )
             (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.qstar), indent=2) + "\n")
-        super().save_pretrained(save_directory, is_main_process, state, **kwargs)
+        if not adapters.has_adapters(self):
+            super().save_pretrained(save_directory, is_main_process, state, **kwargs)
+        elif is_main_process:
+            embeddings = self._embeddings(mine["qstar_start"], mine["qstar_end"])
+            save_file(embeddings, folder / EMBEDDINGS_FILE, {BASE_VOCABULARY: str(self.qstar_base_vocabulary)})
+            adapters.save_adapters(self, folder, state)
+            if self.generation_config is not None:
+                self.generation_config.save_pretrained(folder)
+
+    def _embeddings(self, start: Tensor, end: Tensor) -> dict[str, Tensor]:
+        """What a folder of adapters holds of the vocabulary: the thought embeddings, and rows that the base lacks."""
+        added = {name: rows[self.qstar_base_vocabulary :].clone() for name, rows in vocabulary(self).items()}
+        return {"start": start, "end": end} | {name: rows for name, rows in added.items() if len(rows)}
 
     def load_thoughts(self, folder: str | Path) -> None:
-        """Take the thought embeddings from the vocabulary's rows and the mixing head from ``folder``.
+        """Take the mixing head from ``folder``, and the thought embeddings from the vocabulary's rows.
+
+        With adapters, the thought embeddings and the rows that the base lacks are taken from the folder.
 
         Raises:
-            FileNotFoundError: the folder holds no mixing head.
+            FileNotFoundError: the folder holds no mixing head, or no thought embeddings of a model with adapters.
+            ValueError: the base has another vocabulary than the one whose thought embeddings these are.
         """
         rows = embedding_rows(self)
+        start, end = self.qstar.start_token_id, self.qstar.end_token_id
         with torch.no_grad():
-            self.qstar_start.copy_(rows[self.qstar.start_token_id])
-            self.qstar_end.copy_(rows[self.qstar.end_token_id])
-        path = Path(folder) / MIXING_HEAD_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no {MIXING_HEAD_FILE}: the mixing head is missing")
-        self.qstar_mixing_head.load_state_dict(load_file(path))
+            if adapters.has_adapters(self):
+                stored = load_file(existing(folder, EMBEDDINGS_FILE, "the thought embeddings are"))
+                for name, table in vocabulary(self).items():
+                    added = table[self.qstar_base_vocabulary :]
+                    found = stored.get(name, added[:0])
+                    if found.shape != added.shape:
+                        raise ValueError(
+                            f"{folder} holds {len(found)} rows behind the base's vocabulary, but the model has "
+                            f"{len(added)}: its base is another"
+                        )
+                    added.copy_(found)
+                rows[start], rows[end] = stored["start"].to(rows), stored["end"].to(rows)
+            self.qstar_start.copy_(rows[start])
+            self.qstar_end.copy_(rows[end])
+        self.qstar_mixing_head.load_state_dict(load_file(existing(folder, MIXING_HEAD_FILE, "the mixing head is")))
+
+
+def existing(folder: str | Path, name: str, what: str) -> Path:
+    """The file ``name`` in ``folder``; raises FileNotFoundError where there is none."""
+    path = Path(folder) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {name}: {what} missing")
+    return path
+
+
+def vocabulary(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every tensor with a row for each word, tied ones once: ``input`` ``[V, E]``, ``output`` and ``output_bias``."""
+    head = model.get_output_embeddings()
+    tables = {"input": embedding_rows(model), "output": head.weight, "output_bias": getattr(head, "bias", None)}
+    if head.weight is tables["input"]:
+        del tables["output"]
+    return {name: cast(Tensor, table) for name, table in tables.items() if table is not None}
 
 
 def embedding_rows(model: PreTrainedModel) -> Tensor:

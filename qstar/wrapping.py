@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import ADAPTER_CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from qstar import attention
+from qstar import adapters, attention
 from qstar.classes import ThinkingModel, thinking_class
 from qstar.compatibility import (
     EXACT,
@@ -26,7 +34,7 @@ from qstar.compatibility import (
 )
 from qstar.config import QuietStarConfig, ThoughtSettings, check_names, setting_names
 from qstar.heads import MixingHead
-from qstar.model import QuietStarModel, embedding_rows, long_rope_limit
+from qstar.model import BASE_VOCABULARY, EMBEDDINGS_FILE, QuietStarModel, embedding_rows, existing, long_rope_limit
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +45,8 @@ def wrap(
     """Teach ``model`` the tokens and give it the parameters that let it think; in place.
 
     Args:
-        model: a decoder of transformers whose attention can be exchanged.
+        model: a decoder of transformers whose attention can be exchanged; with adapters of LoRA, where
+            ``model.add_adapter`` or peft has put some into it.
         tokenizer: its tokenizer; start and end tokens are added to it where it lacks them.
         check: compare a tiny packed pass with the model's own before anything is trained.
         settings: any field of :class:`qstar.config.ThoughtSettings`: ``thought_tokens``, ``ahead_tokens``,
@@ -57,11 +66,13 @@ def wrap(
     check_names("wrap()", settings, setting_names(ThoughtSettings))
     thoughts = ThoughtSettings(**settings)
     check_architecture(model)
+    adapters.check_adapters(model)
     tokens = [thoughts.start_token, thoughts.end_token]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
     start, end = (cast(int, tokenizer.convert_tokens_to_ids(token)) for token in tokens)
     with _given_back_unless_it_thinks(model, start, end):
         rows = embedding_rows(model).detach()
+        known = len(rows)
         initial = [_initial_embedding(rows, tokenizer, text) for text in (thoughts.start_init, thoughts.end_init)]
         if max(start, end) >= len(rows):  # ids may have gaps, so that there are more of them than tokens
             model.resize_token_embeddings(max(start, end, len(tokenizer) - 1) + 1, mean_resizing=False)
@@ -72,7 +83,7 @@ def wrap(
         if check:
             model.set_attn_implementation("eager")  # which leaves nothing out, as sdpa does a soft-cap
             plain = plain_passes(model, start, end), small_copy(model)
-        thinking = attach(model, QuietStarConfig(**asdict(thoughts), start_token_id=start, end_token_id=end))
+        thinking = attach(model, QuietStarConfig(**asdict(thoughts), start_token_id=start, end_token_id=end), known)
         with torch.no_grad():
             for parameter, vector in zip((thinking.qstar_start, thinking.qstar_end), initial, strict=True):
                 parameter.copy_(vector)
@@ -88,6 +99,7 @@ def wrap(
             type(thinking).__name__,
             limit,
         )
+    thinking.adopt_adapters()
     if thinking.generation_config is not None:
         suppressed = set(thinking.generation_config.suppress_tokens or ()) | {start, end}
         thinking.generation_config.suppress_tokens = sorted(suppressed)
@@ -98,13 +110,15 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[ThinkingModel, PreTrainedTo
     """The model and the tokenizer that were saved in ``folder``.
 
     Args:
-        folder: what :func:`qstar.train` wrote, or ``save_pretrained`` of model and tokenizer.
+        folder: what :func:`qstar.train` wrote, or ``save_pretrained`` of model and tokenizer. Where it holds adapters,
+            they are put into the base that it names, which is read in the precision that they were trained beside.
         kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``; code of the folder is not run unless
             ``trust_remote_code`` says so.
 
     Raises:
         FileNotFoundError: the folder lacks the settings or the mixing head.
-        ValueError: a weight is infinite or NaN; the tokenizer cannot be read.
+        ValueError: a weight is infinite or NaN; the tokenizer cannot be read; the adapters are of another base, or
+            peft, which reads them, is not installed.
     """
     config = QuietStarConfig.load(folder)
     try:
@@ -113,9 +127,13 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[ThinkingModel, PreTrainedTo
         raise ValueError(f"{folder} holds no tokenizer that can be read, but a model needs its own: {error}") from error
     for name in ("start_token", "end_token"):  # by their ids: a folder of an earlier version does not name them
         setattr(config, name, tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")))
-    plain = AutoModelForCausalLM.from_pretrained(folder, **({"trust_remote_code": False} | kwargs))
-    check_architecture(plain)
-    model = attach(plain, config)
+    kwargs = {"trust_remote_code": False} | kwargs
+    if adapters.holds_adapters(folder):
+        model = _with_adapters(folder, config, kwargs)
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        check_architecture(plain)
+        model = attach(plain, config)
     model.load_thoughts(folder)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -123,13 +141,47 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[ThinkingModel, PreTrainedTo
     return model, tokenizer
 
 
-def attach(model: PreTrainedModel, config: QuietStarConfig) -> ThinkingModel:
-    """Make ``model`` one that thinks, in place, with thought embeddings that are not yet set; returns it."""
+def _with_adapters(folder: str | Path, config: QuietStarConfig, kwargs: dict[str, Any]) -> ThinkingModel:
+    """The base of the adapters in ``folder`` with them, and with the rows of added tokens, which are not yet set."""
+    settings, (name, revision) = adapters.stored_config(folder), adapters.stored_base(folder)
+    with safe_open(existing(folder, EMBEDDINGS_FILE, "the thought embeddings are"), "pt") as embeddings:
+        dtype = embeddings.get_tensor("start").dtype
+        added = embeddings.get_slice("input").get_shape()[0] if "input" in embeddings.keys() else 0  # noqa: SIM118
+        wanted = int(embeddings.metadata()[BASE_VOCABULARY])
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"{folder} holds adapters of the model in {name}, says its {ADAPTER_CONFIG_NAME}, but no folder is there"
+        )
+    at = {} if revision is None else {"revision": revision}
+    plain = AutoModelForCausalLM.from_pretrained(name, **({"dtype": dtype} | at | kwargs))
+    check_architecture(plain)
+    known = len(embedding_rows(plain))
+    if known != wanted:
+        raise ValueError(
+            f"{folder} is of a base with {wanted} rows in its vocabulary, but that of {name} has {known}: it is another"
+        )
+    adapters.check_base(plain, folder)
+    if added:
+        plain.resize_token_embeddings(known + added, mean_resizing=False)
+    model = attach(plain, config, known)
+    model.add_adapter(settings)
+    adapters.load_adapters(model, folder)
+    if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def attach(model: PreTrainedModel, config: QuietStarConfig, known: int | None = None) -> ThinkingModel:
+    """Make ``model`` one that thinks, in place, with thought embeddings that are not yet set; returns it.
+
+    Its base came with the first ``known`` rows of the vocabulary, by default with all of them.
+    """
     rows = embedding_rows(model)
     factory: dict[str, Any] = dict(device=rows.device, dtype=rows.dtype)
     model.__class__ = thinking_class(type(model))
     assert isinstance(model, ThinkingModel)
     model.qstar = config
+    model.qstar_base_vocabulary = len(rows) if known is None else known
     model.qstar_start = nn.Parameter(torch.empty(rows.shape[1], **factory))
     model.qstar_end = nn.Parameter(torch.empty(rows.shape[1], **factory))
     model.qstar_mixing_head = MixingHead(rows.shape[1], **factory)
@@ -163,7 +215,8 @@ def _given_back_unless_it_thinks(model: PreTrainedModel, start: int, end: int) -
     try:
         yield
     except Exception as error:  # whatever a model does with a grid that it was not written for
-        for name in ("qstar", "qstar_start", "qstar_end", "qstar_mixing_head", "qstar_forbidden"):
+        parameters = ("qstar_start", "qstar_end", "qstar_mixing_head", "qstar_forbidden")
+        for name in ("qstar", "qstar_base_vocabulary", *parameters):
             if hasattr(model, name):
                 delattr(model, name)
         model.__class__ = plain_class

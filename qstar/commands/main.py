@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a model; without arguments, a small built-in one on a built-in task (minutes on a laptop)",
     "generate": "continue prompts, with a thought before every token",
     "chat": "talk to a trained model",
+    "merge": "add trained adapters (LoRA) to their base: a folder with an ordinary model",
     "eval": "held-out log-likelihood of a trained model, with and without thoughts",
     "doctor": "whether all is well here: versions, devices, backends, and a check of itself",
 }

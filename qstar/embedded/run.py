@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from qstar.config import setting_names
 from qstar.cpu import one_thread
 from qstar.data import pack
 from qstar.embedded.pretrain import pretrained_model
@@ -26,6 +27,7 @@ from qstar.model import QuietStarModel
 from qstar.talking import text_loss
 from qstar.training.fit import TrainResult, fit
 from qstar.training.folders import run_folder
+from qstar.training.lora import LoraSettings
 from qstar.training.prepare import split_settings
 from qstar.training.settings import QuietStarArguments
 from qstar.training.trainer import QuietStarTrainer
@@ -41,6 +43,7 @@ REFUSED = (
     *("model", "dataset", "tokenizer", "eval_dataset", "resume_from_checkpoint"),
     *("start_init", "end_init", "num_train_epochs"),
     *("text_format", "documents", "dataset_config", "dataset_split", "eval_config", "eval_split"),
+    *setting_names(LoraSettings),
 )
 SIZES: dict[str, Any] = dict(thought_tokens=5, ahead_tokens=1, rationales=2)
 SETTINGS: dict[str, Any] = dict(

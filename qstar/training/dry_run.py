@@ -22,7 +22,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from qstar.cpu import keep_freed_memory
 from qstar.training.folders import check_unused, default_folders
 from qstar.training.prepare import Prepared, prepare, split_settings
-from qstar.training.savable import check_savable
+from qstar.training.savable import check_savable, saved_bytes
 from qstar.training.settings import QuietStarArguments
 from qstar.training.step_memory import StepMemory
 from qstar.training.trainer import QuietStarTrainer
@@ -173,7 +173,7 @@ def tried(prepared: Prepared, args: QuietStarArguments, folder: Path) -> DryRun:
     grid = model.grid(args.seq_length).slots * args.seq_length * args.train_batch_size
     at_once = min(grid, args.max_grid_tokens or grid)
     parameters = list(model.parameters())
-    model_bytes = sum({x.data_ptr(): x.nbytes for x in model.state_dict().values()}.values())  # tied ones once
+    model_bytes = saved_bytes(model)
     optimizer = cast(torch.optim.Optimizer, trainer.optimizer)
     states = sum(x.nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
     gradients = sum(x.nbytes for x in parameters if x.requires_grad)

@@ -11,9 +11,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from qstar.adapters import has_adapters
 from qstar.cpu import keep_freed_memory
 from qstar.data import AnyDataset
-from qstar.model import QuietStarModel
+from qstar.model import QuietStarModel, embedding_rows
 from qstar.training.savable import check_savable
 from qstar.training.saving import SETTINGS_FILE
 from qstar.training.settings import QuietStarArguments
@@ -73,6 +74,8 @@ def fit(
         logger.warning("stopped by %s: %s goes on from here", name, args.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}")
         raise SystemExit(128 + stop.received)
     trainer.save_model()
+    if not has_adapters(model):  # what the folder holds from now on could be the base of some
+        model.name_or_path, model.qstar_base_vocabulary = str(args.folder), len(embedding_rows(model))
     trainer.save_state()
     if held_out is not None and args.eval_strategy == "no":
         trainer.evaluate()

@@ -9,12 +9,23 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
+from qstar.adapters import has_adapters, holds_adapters, stored_base
+from qstar.compatibility import check_kind
 from qstar.config import CONFIG_FILE, SIZES, ThoughtSettings, check_names, setting_names
 from qstar.data import AnyDataset, read_rows, read_texts
 from qstar.data.load import check_name
 from qstar.model import QuietStarModel
+from qstar.quantized import check_learnable
 from qstar.training.settings import QuietStarArguments
 from qstar.wrapping import load, wrap
 
@@ -44,6 +55,8 @@ def prepare(
     Raises:
         ValueError, FileNotFoundError: as :func:`qstar.train`.
     """
+    if isinstance(model, nn.Module):
+        check_kind(model)
     named = model.name_or_path if isinstance(model, PreTrainedModel) else model
     if named and Path(named).resolve() == folder.resolve():
         raise ValueError(f"output_dir is {str(folder)!r}, but the model is there: training would write over it")
@@ -62,7 +75,11 @@ def prepare(
     held_texts = None
     if eval_dataset is not None:
         held_texts = read_texts(eval_dataset, args.eval_split, args, args.eval_config, "eval_dataset")
+    check_quantization(model, args)
     thinking, tokenizer = open_model(model, tokenizer, thoughts)
+    if args.lora:
+        thinking.add_adapter(args.lora_config())
+    args.check_rate(thinking)
     rows = read_rows(texts, tokenizer, args, dataset)
     if isinstance(rows, IterableDataset):
         rows = rows.repeat(None)  # one pass without end: a run that is resumed beyond the first finds its place
@@ -106,6 +123,22 @@ def check_model_name(model: str | Path | PreTrainedModel) -> None:
     check_name(model, "model")
 
 
+def check_quantization(model: str | Path | PreTrainedModel, args: QuietStarArguments) -> None:
+    """Refuse a model that cannot learn since its weights are quantised, before they are read.
+
+    Raises:
+        ValueError: as :func:`qstar.quantized.check_learnable`.
+    """
+    if isinstance(model, PreTrainedModel):
+        config, lora = model.config, bool(args.lora) or has_adapters(model)
+    elif holds_adapters(model):
+        name, revision = stored_base(model)
+        config, lora = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False), True
+    else:
+        config, lora = AutoConfig.from_pretrained(model, trust_remote_code=False), bool(args.lora)
+    check_learnable(config, lora=lora, device=args.device.type)
+
+
 def open_model(
     model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, thoughts: dict[str, Any]
 ) -> tuple[QuietStarModel, PreTrainedTokenizerBase]:
@@ -131,6 +164,7 @@ def open_model(
             raise ValueError("tokenizer is missing: the model object has no name to find it by")
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
     if isinstance(model, QuietStarModel):
+        model.adopt_adapters()
         return resized(model, thoughts), tokenizer
     return wrap(model, tokenizer, **thoughts), tokenizer
 

@@ -38,7 +38,8 @@ def train(
         settings: any field of :class:`qstar.config.ThoughtSettings` (``thought_tokens``, ``ahead_tokens``,
             ``rationales``, ``sigmoid``, ``start_init``, ...) and of :class:`qstar.QuietStarArguments`, and so of
             ``TrainingArguments`` (``learning_rate``, ``seq_length``, ``seed``, ``text_column``, ``max_steps``, ...);
-            ``batch_size`` is another name for ``per_device_train_batch_size``.
+            ``batch_size`` is another name for ``per_device_train_batch_size``. ``lora=True``, or a
+            ``peft.LoraConfig``, trains adapters beside the frozen model; :func:`qstar.merge_adapters` merges them.
 
     Returns:
         The model, its tokenizer, the metrics and the folder.

@@ -6,9 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from qstar.model import QuietStarModel
+from qstar.adapters import adapter_weights, base_of, check_adapters, has_adapters
+from qstar.model import PREFIX, QuietStarModel
 
 
 def check_savable(model: QuietStarModel, folder: Path) -> None:
@@ -20,11 +21,16 @@ def check_savable(model: QuietStarModel, folder: Path) -> None:
 
     Raises:
         ValueError: the model's weights or settings cannot be written by transformers, or its folder would be loaded as
-            another class.
+            another class; the base of adapters would not be found again, or something learns beside them that their
+            folder would not hold.
         OSError: the folder cannot be written to, or its disk has no room for the model.
     """
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_serializable():
+    if has_adapters(model):
+        check_adapters(model)
+        _check_base(model)
+        _check_learned(model)
+    elif quantizer is not None and not quantizer.is_serializable():
         raise ValueError(
             f"the model was loaded by {type(quantizer).__name__}, whose weights transformers does not save: copy them "
             "into a plain model of the same configuration first"
@@ -38,7 +44,40 @@ def check_savable(model: QuietStarModel, folder: Path) -> None:
             except ValueError as error:
                 raise ValueError(f"model.generation_config could not be saved: {error}") from error
     make_folder(folder)
-    _check_room(folder, model.num_parameters() * model.dtype.itemsize)
+    _check_room(folder, saved_bytes(model))
+
+
+def saved_bytes(model: QuietStarModel) -> int:
+    """What the weights of ``model`` take on the disk, those of its base left out where it has adapters."""
+    state = model.state_dict()
+    saved = list(adapter_weights(model, state).values()) if has_adapters(model) else list(state.values())
+    if has_adapters(model):
+        saved += [tensor for name, tensor in state.items() if name.startswith(PREFIX)]
+    return sum({x.data_ptr(): x.nbytes for x in saved}.values())  # tied ones once
+
+
+def _check_base(model: QuietStarModel) -> None:
+    name, revision = base_of(model)
+    at = {} if revision is None else {"revision": revision}
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **at).get_text_config(decoder=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the adapters' base is named {name!r}, but it could not be found again: {error}") from error
+    if config.vocab_size != model.qstar_base_vocabulary:
+        raise ValueError(
+            f"the adapters' base is named {name!r}, whose vocabulary has {config.vocab_size} rows, but that of the "
+            f"model had {model.qstar_base_vocabulary}: save it as it is, and begin with that folder"
+        )
+
+
+def _check_learned(model: QuietStarModel) -> None:
+    saved = {x.data_ptr() for x in adapter_weights(model, model.state_dict()).values()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.data_ptr() not in saved and not name.startswith(PREFIX):
+            raise ValueError(
+                f"{name} learns beside adapters, but a folder of adapters would not hold it: freeze it by "
+                "requires_grad_(False)"
+            )
 
 
 def _check_loaded_as(model: PreTrainedModel, base: type) -> None:

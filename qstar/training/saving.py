@@ -12,6 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
+from qstar.adapters import has_adapters, holds_adapters, load_adapters
 from qstar.model import PREFIX, QuietStarModel
 from qstar.training.checkpoints import begin, checkpoint_to_resume, fault, finish, is_finished, partial, rotate
 from qstar.training.settings import QuietStarArguments
@@ -131,7 +132,16 @@ class CheckpointTrainer(Trainer):
         return Path(checkpoint) / f"{RANDOM}_{self.args.process_index}"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if has_adapters(self.thinking_model) != holds_adapters(resume_from_checkpoint):
+            there, here = ("adapters", "a whole model")[:: 1 if holds_adapters(resume_from_checkpoint) else -1]
+            raise ValueError(
+                f"resume_from_checkpoint is {resume_from_checkpoint!r}, which holds {there}, but this run trains "
+                f"{here}: give the setting lora that it began with"
+            )
+        if has_adapters(self.thinking_model):
+            load_adapters(self.thinking_model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.thinking_model.load_thoughts(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -165,7 +175,10 @@ class CheckpointTrainer(Trainer):
         wrong = fault(Path(best))
         if wrong is not None:
             raise ValueError(f"the best model of the run is that of {best}, but {wrong}")
-        super()._load_best_model()
+        if has_adapters(self.thinking_model):
+            load_adapters(self.thinking_model, best)
+        else:
+            super()._load_best_model()
         self.thinking_model.load_thoughts(best)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

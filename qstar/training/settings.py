@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from qstar.config import setting
 from qstar.data import DataSettings
 from qstar.learning import BASELINES, Objective
+from qstar.training.lora import LoraSettings
 
 _OURS = "the losses and the evaluation are Quiet-STaR's own, which have no use for it"
 IGNORED_ARGUMENTS = {
@@ -68,7 +69,7 @@ class RunSettings:
 
 
 @dataclass
-class QuietStarArguments(DataSettings, TrainingArguments):
+class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
     """transformers' ``TrainingArguments``, with the paper's values as defaults and the settings of Quiet-STaR."""
 
     output_dir: str | None = setting("runs/quiet-star", "Folder for the model, the metrics and the checkpoints.")
@@ -141,6 +142,7 @@ class QuietStarArguments(DataSettings, TrainingArguments):
                 "that it can; or set save_only_model=True, or save_strategy='no'"
             )
         self.check_data()
+        self.check_lora()
         if self.thought_temperature < 0:
             raise ValueError(f"thought_temperature is {self.thought_temperature}, but it must be at least 0")
         self.objective()  # which checks the others
@@ -150,6 +152,10 @@ class QuietStarArguments(DataSettings, TrainingArguments):
         """Where the model, the metrics and the checkpoints lie."""
         assert self.output_dir is not None  # TrainingArguments has put a name where there was none
         return Path(self.output_dir)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON can hold them."""
+        return super().to_dict() | {"lora": self.described_lora()}
 
     def objective(self) -> Objective:
         """The objective that these settings describe."""

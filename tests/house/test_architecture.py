@@ -26,7 +26,7 @@ DOOR = "rivals.py"  # of an op, to its kernels in Gluon
 LONGEST = 400  # lines of a file
 FLOORS = (  # of qstar/, from the ground up: a file imports from its own room, or from a floor below
     ("autocast", "config", "cpu", "grid"),
-    ("cache", "data", "heads"),
+    ("adapters", "cache", "data", "heads", "quantized"),
     ("layouts",),
     ("drop_in",),
     ("attention",),

@@ -1,4 +1,4 @@
-"""A tiny model that thinks, in a folder, as ``qstar train`` would leave it."""
+"""Tiny models in folders: as ``qstar train`` would leave one that thinks, and one to begin with."""
 
 from __future__ import annotations
 
@@ -22,3 +22,10 @@ def thinking_folder(folder: Path, chat_template: str | None = None, **settings) 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def base_folder(folder: Path, family: str = "llama", **changes) -> str:
+    """The name of ``folder``, with a model of ``family`` that does not think, and its tokenizer."""
+    tiny.plain_model(family, **changes).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
