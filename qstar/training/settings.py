@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from qstar.config import setting
 from qstar.data import DataSettings
 from qstar.learning import BASELINES, Objective
+from qstar.training.finite import POLICIES
 
 _OURS = "the losses and the evaluation are Quiet-STaR's own, which have no use for it"
 IGNORED_ARGUMENTS = {
@@ -91,6 +92,11 @@ class QuietStarArguments(DataSettings, TrainingArguments):
     signed_advantages: bool = setting(False, "Learn from thoughts that did worse than the baseline as well.")
     thought_embedding_lr_factor: float = setting(100.0, "Learning rate of start and end embeddings over learning_rate.")
     mixing_head_lr_factor: float = setting(1.0, "Learning rate of the mixing head over learning_rate.")
+    on_nonfinite: str = setting(
+        "stop",
+        "What to do about an update whose loss or gradient is not finite: stop before it, or skip it.",
+        choices=list(POLICIES),
+    )
     sample_steps: int = setting(50, "Show thoughts every so many steps; 0 for never.")
     gradient_norm_steps: int = setting(
         100, "Log both losses' gradient norms every so many steps, on one process; 0 for never."
@@ -128,6 +134,8 @@ class QuietStarArguments(DataSettings, TrainingArguments):
             value = getattr(self, name, None)
             if name in defaults and value not in (defaults[name].default, [], None):
                 raise ValueError(f"{name} is {value!r}, but it must be left alone: {why}")
+        if self.on_nonfinite not in POLICIES:
+            raise ValueError(f"on_nonfinite is {self.on_nonfinite!r}, but it must be one of {', '.join(POLICIES)}")
         self.check_data()
         if self.thought_temperature < 0:
             raise ValueError(f"thought_temperature is {self.thought_temperature}, but it must be at least 0")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.trainer_callback import ProgressCallback
 
@@ -21,6 +22,7 @@ from qstar.learning import Objective, QuietStarOutput
 from qstar.model import QuietStarModel
 from qstar.talking import read_batch
 from qstar.training.callbacks import ProgressLine, show_thoughts
+from qstar.training.finite import MOST_SKIPPED, not_finite, not_finite_before_a_thought, what_to_try
 from qstar.training.saving import CheckpointTrainer
 from qstar.training.settings import QuietStarArguments
 
@@ -40,6 +42,7 @@ class QuietStarTrainer(CheckpointTrainer):
 
     Attributes:
         counts: what the means of the update are taken over, where it has more than one batch or process.
+        skipped_updates: how many were left out, since they were not finite.
     """
 
     loss_is_scaled_for_ga = False
@@ -65,15 +68,27 @@ class QuietStarTrainer(CheckpointTrainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine)
         self.objective: Objective = args.objective()
-        self._seen: dict[str, list[Tensor]] = defaultdict(list)
+        self._update: dict[str, Tensor] = {}  # values of the update at hand
+        self._seen: dict[str, list[Tensor]] = defaultdict(list)  # those of updates since the last log
+        self._skipped_in_a_row = 0
         self._batch_of_step = (-1, 0)
         self.counts: Counts | None = None
+        self.skipped_updates = 0
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective's loss, and its output as well where asked for."""
-        output = model(**inputs, objective=self._objective_for(inputs["input_ids"]))
+        try:
+            output = model(**inputs, objective=self._objective_for(inputs["input_ids"]))
+        except ValueError as error:  # where logits are NaN, what is sampled from them is no token of a thought
+            wrong = not_finite_before_a_thought(self.thinking_model, inputs)
+            if not wrong:
+                raise
+            raise FloatingPointError(
+                f"{wrong[0]} is not finite in step {self.state.global_step + 1}, so that no thought can be sampled: "
+                f"training stops; checkpoints are as they were. To go on, {what_to_try(wrong[0])}"
+            ) from error
         for name in LOGGED:
             self._add_up(name, getattr(output, name).detach())
         if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice():
@@ -85,37 +100,56 @@ class QuietStarTrainer(CheckpointTrainer):
         return (loss, output) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of a batch; stops before an update that would make weights infinite or NaN.
+        """Forward and backward of a batch; an update that is not finite does not reach the weights.
 
         Raises:
-            FloatingPointError: the loss or a gradient is not finite.
+            FloatingPointError: the loss or a gradient is not finite, and ``on_nonfinite`` says to stop.
         """
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients and not self.args.fp16:  # where a scaler skips such steps
-            self._check_finite(loss)
+        self._add_up("loss", loss)
+        if not self.accelerator.sync_gradients:
+            return loss
+        if not self.args.fp16 and not self._is_finite():  # in fp16 a scaler skips such updates
+            return torch.zeros_like(loss)
+        self._update.pop("loss")  # which the Trainer logs
+        for name, value in self._update.items():
+            self._seen[name].append(value)
         return loss
 
-    def _check_finite(self, loss: Tensor) -> None:
-        values = {"the loss": loss.detach()}
-        for name, parameter in self.thinking_model.named_parameters():
-            if parameter.grad is not None:
-                gradient: Any = parameter.grad
-                values[f"the gradient of {name}"] = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-        if torch.nn.utils.get_total_norm(values.values()).isfinite():
-            return
-        # The norm may be beyond a float where no value is.
-        wrong = [name for name, x in values.items() if not x.isfinite().all()]
-        if wrong:
+    def _is_finite(self) -> bool:
+        """Whether the update at hand is finite; leaves nothing of one that is not, where such are skipped."""
+        accelerator = self.accelerator
+        wrong = not_finite(self._update, self.thinking_model, cast(Any, accelerator.reduce), gather_object)
+        if not wrong:
+            self._skipped_in_a_row = 0
+            return True
+        others = f", one of {len(wrong)} that are not" if len(wrong) > 1 else ""
+        found = f"{wrong[0]} is not finite in step {self.state.global_step + 1}{others}"
+        advice = what_to_try(wrong[0])
+        if self.args.on_nonfinite == "stop":
             raise FloatingPointError(
-                f"{wrong[0]} is not finite in step {self.state.global_step + 1}, one of {len(wrong)} such tensors: "
-                "training stops before the weights change; checkpoints are as they were"
+                f"{found}: training stops before the weights change; checkpoints are as they were. To go on, {advice}, "
+                "or on_nonfinite='skip', which leaves such updates out"
             )
+        if self._skipped_in_a_row == MOST_SKIPPED:
+            raise FloatingPointError(
+                f"{found}, and the {MOST_SKIPPED} steps before it were left out for the like: training stops; "
+                f"checkpoints are as they were. To go on, {advice}"
+            )
+        self._skipped_in_a_row += 1
+        self.skipped_updates += 1
+        logger.warning("%s: the update is left out", found)
+        cast(nn.Module, self.model).zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient
+        self._tr_loss.copy_(self._loss_before)
+        self._globalstep_last_logged += 1  # so that the mean is over the updates that were made
+        return False
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
         """The batches of one update; what its means are over is counted in all of them, on all processes."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._update, self._loss_before = {}, self._tr_loss.clone()
         self.counts = None
         if len(batches) > 1 or self.args.world_size > 1:
             model = self.thinking_model
@@ -133,10 +167,8 @@ class QuietStarTrainer(CheckpointTrainer):
         return loss * self.current_gradient_accumulation_steps * self.args.world_size
 
     def _add_up(self, name: str, value: Tensor) -> None:
-        """Keep a value of this batch for the log, as a part of its update's."""
-        if self._batch_of_step[1] and self._seen[name]:
-            value = self._seen[name].pop() + value
-        self._seen[name].append(value)
+        """Keep a value of this batch, as a part of its update's."""
+        self._update[name] = self._update[name] + value if name in self._update else value
 
     def _can_differentiate_twice(self) -> bool:
         options = cast(dict[str, Any], self.args.gradient_checkpointing_kwargs or {})
@@ -167,7 +199,7 @@ class QuietStarTrainer(CheckpointTrainer):
         for name, loss in (("likelihood", output.likelihood_loss), ("policy", output.policy_loss)):
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             norms = torch.stack([gradient.float().norm() for gradient in gradients if gradient is not None])
-            self._seen[f"{name}_gradient_norm"].append(norms.norm())
+            self._update[f"{name}_gradient_norm"] = norms.norm()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the updates since the last call, and write all of it to ``metrics.jsonl``."""
@@ -175,6 +207,10 @@ class QuietStarTrainer(CheckpointTrainer):
             for name, values in self._seen.items():
                 logs[name] = float(self.accelerator.gather(torch.stack(values).mean().float()).sum())
             self._seen.clear()
+            if self.args.on_nonfinite == "skip":
+                logs["skipped_updates"] = self.skipped_updates
+                if self._skipped_in_a_row:
+                    logs.pop("grad_norm")  # of an update that was not made
         super().log(logs, start_time)
         self._write({"step": self.state.global_step, **logs})
 
