@@ -21,10 +21,11 @@ from qstar.grid import Counts
 from qstar.learning import Objective, QuietStarOutput
 from qstar.model import QuietStarModel
 from qstar.talking import read_batch
-from qstar.training.callbacks import ProgressLine, show_thoughts
+from qstar.training.callbacks import CollapseWarning, ProgressLine, show_thoughts
 from qstar.training.finite import MOST_SKIPPED, not_finite, not_finite_before_a_thought, what_to_try
 from qstar.training.saving import CheckpointTrainer
 from qstar.training.settings import QuietStarArguments
+from qstar.training.thought_statistics import ThoughtStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +68,11 @@ class QuietStarTrainer(CheckpointTrainer):
         super().__init__(model, args, **kwargs)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine)
+        self.add_callback(CollapseWarning)
         self.objective: Objective = args.objective()
         self._update: dict[str, Tensor] = {}  # values of the update at hand
         self._seen: dict[str, list[Tensor]] = defaultdict(list)  # those of updates since the last log
+        self._thoughts = ThoughtStatistics()
         self._skipped_in_a_row = 0
         self._batch_of_step = (-1, 0)
         self.counts: Counts | None = None
@@ -91,6 +94,9 @@ class QuietStarTrainer(CheckpointTrainer):
             ) from error
         for name in LOGGED:
             self._add_up(name, getattr(output, name).detach())
+        holds_text = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        words = self.thinking_model.config.get_text_config(decoder=True).vocab_size
+        self._thoughts.add(output.thoughts, holds_text, words)
         if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice():
             self._log_gradient_norms(model, output)
         if self._due(self.args.sample_steps) and self.is_world_process_zero():
@@ -207,6 +213,7 @@ class QuietStarTrainer(CheckpointTrainer):
             for name, values in self._seen.items():
                 logs[name] = float(self.accelerator.gather(torch.stack(values).mean().float()).sum())
             self._seen.clear()
+            logs |= self._thoughts.summary(cast(Any, self.accelerator.reduce))
             if self.args.on_nonfinite == "skip":
                 logs["skipped_updates"] = self.skipped_updates
                 if self._skipped_in_a_row:
