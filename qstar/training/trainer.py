@@ -13,16 +13,19 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import TrainOutput
 
+from qstar.config import SIZES
 from qstar.data import PadRight
 from qstar.evaluation.held_out import evaluate_rows
 from qstar.evaluation.tables import finite_or_none
-from qstar.grid import Counts
+from qstar.grid import Counts, ThoughtGrid
 from qstar.learning import Objective, QuietStarOutput
 from qstar.model import QuietStarModel
 from qstar.talking import read_batch
 from qstar.training.callbacks import CollapseWarning, ProgressLine, show_thoughts
 from qstar.training.finite import MOST_SKIPPED, not_finite, not_finite_before_a_thought, what_to_try
+from qstar.training.memory import evaluation_advice, explained, training_advice
 from qstar.training.saving import CheckpointTrainer
 from qstar.training.settings import QuietStarArguments
 from qstar.training.thought_statistics import ThoughtStatistics
@@ -77,6 +80,18 @@ class QuietStarTrainer(CheckpointTrainer):
         self._batch_of_step = (-1, 0)
         self.counts: Counts | None = None
         self.skipped_updates = 0
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, see :meth:`CheckpointTrainer.train`.
+
+        Raises:
+            OutOfMemory: a step does not fit in memory, with the settings to lower.
+            FloatingPointError: the loss or a gradient is not finite.
+        """
+        thoughts = self.thinking_model.qstar
+        sizes = {name: getattr(thoughts, name) for name in SIZES}
+        with explained(lambda: training_advice(self.args, ThoughtGrid(self.args.seq_length, **sizes))):
+            return super().train(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -261,13 +276,17 @@ class QuietStarTrainer(CheckpointTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out log-likelihood with and without thoughts, see :func:`qstar.evaluation.held_out.evaluate_rows`."""
+        """Held-out log-likelihood with and without thoughts, see :func:`qstar.evaluation.held_out.evaluate_rows`.
+
+        Raises:
+            OutOfMemory: a batch does not fit in memory, with the setting to lower.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
             every = [self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in dataset.items()]
             return {name: value for metrics in every for name, value in metrics.items()}
         batches = self.get_eval_dataloader(eval_dataset)
-        with self.accelerator.autocast():
+        with explained(lambda: evaluation_advice(self.args)), self.accelerator.autocast():
             result = evaluate_rows(self.thinking_model, batches, total=cast(Any, self.accelerator.reduce))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.summary().items()}
         metrics[f"{metric_key_prefix}_loss"] = (result.nll_base + result.nll_talk) / 2
