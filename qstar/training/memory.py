@@ -49,9 +49,9 @@ def training_advice(args: QuietStarArguments, grid: ThoughtGrid) -> str:
     held = min(tokens, getattr(args, "max_grid_tokens", None) or tokens)
     same, other = [], []
     if rows > 1:
-        half = rows // 2
+        fewer = max(part for part in range(1, rows) if rows % part == 0)
         same.append(
-            f"per_device_train_batch_size={half} with gradient_accumulation_steps={-(-rows * steps // half)} "
+            f"per_device_train_batch_size={fewer} with gradient_accumulation_steps={rows * steps // fewer} "
             f"(now {rows} and {steps})"
         )
     if not args.gradient_checkpointing:

@@ -60,6 +60,13 @@ def test_what_makes_the_same_updates_is_told_first(settings, same):
     )
 
 
+@pytest.mark.parametrize(("rows", "steps", "fewer", "more"), [(2, 1, 1, 2), (5, 1, 1, 5), (6, 2, 3, 4), (9, 1, 3, 3)])
+def test_an_update_keeps_its_number_of_rows(rows, steps, fewer, more):
+    settings = dict(per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+    expected = f"per_device_train_batch_size={fewer} with gradient_accumulation_steps={more} (now {rows} and {steps})"
+    assert expected in training_advice(arguments(**settings), GRID)
+
+
 def test_what_cannot_be_lowered_is_not_told():
     least = ThoughtGrid(2, rationales=1, thought_tokens=1, ahead_tokens=1)
     settings = dict(per_device_train_batch_size=1, gradient_checkpointing=True, bf16=True, seq_length=2)
