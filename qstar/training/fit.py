@@ -14,11 +14,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from qstar.cpu import keep_freed_memory
 from qstar.data import AnyDataset
 from qstar.model import QuietStarModel
+from qstar.training.curves import CURVES_FILE, can_draw, draw, read_metrics
 from qstar.training.savable import check_savable
 from qstar.training.saving import SETTINGS_FILE
 from qstar.training.settings import QuietStarArguments
 from qstar.training.stopping import StopWithCheckpoint
-from qstar.training.trainer import QuietStarTrainer
+from qstar.training.trainer import METRICS_FILE, QuietStarTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def fit(
     held_out: AnyDataset | None = None,
     resume_from_checkpoint: bool | str | Path | None = None,
 ) -> dict[str, Any]:
-    """Train on packed rows, save model, tokenizer and settings into ``args.output_dir``, and return the metrics.
+    """Train on packed rows, save model, tokenizer, settings and curves in ``args.output_dir``, and return the metrics.
 
     Raises:
         ValueError, OSError: the model could not be saved there, see :func:`qstar.training.savable.check_savable`.
@@ -78,5 +79,9 @@ def fit(
         trainer.evaluate()
     if trainer.is_world_process_zero():
         (args.folder / SETTINGS_FILE).write_text(args.to_json_string() + "\n")
+        if args.curves and not can_draw():
+            logger.warning("no curves are drawn, since matplotlib is missing: pip install matplotlib")
+        elif args.curves:
+            draw(read_metrics(args.folder / METRICS_FILE), args.folder / CURVES_FILE)
     logged = {name: value for record in trainer.state.log_history for name, value in record.items()}
     return {**logged, **trained}

@@ -101,6 +101,7 @@ class QuietStarArguments(DataSettings, TrainingArguments):
     gradient_norm_steps: int = setting(
         100, "Log both losses' gradient norms every so many steps, on one process; 0 for never."
     )
+    curves: bool = setting(True, "Draw curves of what was logged into curves.png at the end; needs matplotlib.")
 
     def __post_init__(self) -> None:
         if torch.backends.mps.is_available():
