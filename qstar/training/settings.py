@@ -97,7 +97,9 @@ class QuietStarArguments(DataSettings, TrainingArguments):
         "What to do about an update whose loss or gradient is not finite: stop before it, or skip it.",
         choices=list(POLICIES),
     )
-    sample_steps: int = setting(50, "Show thoughts every so many steps; 0 for never.")
+    sample_steps: int = setting(
+        50, "Show some thoughts every so many steps, and write a table of more into thoughts/; 0 for never."
+    )
     gradient_norm_steps: int = setting(
         100, "Log both losses' gradient norms every so many steps, on one process; 0 for never."
     )

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -29,6 +30,7 @@ from qstar.training.memory import evaluation_advice, explained, training_advice
 from qstar.training.saving import CheckpointTrainer
 from qstar.training.settings import QuietStarArguments
 from qstar.training.thought_statistics import ThoughtStatistics
+from qstar.training.thought_table import score, thought_rows, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class QuietStarTrainer(CheckpointTrainer):
         self.add_callback(CollapseWarning)
         self.objective: Objective = args.objective()
         self._update: dict[str, Tensor] = {}  # values of the update at hand
+        self._sample: dict[str, Tensor] = {}  # a text of it and the thoughts about it, where they are to be shown
         self._seen: dict[str, list[Tensor]] = defaultdict(list)  # those of updates since the last log
         self._thoughts = ThoughtStatistics()
         self._skipped_in_a_row = 0
@@ -114,9 +117,8 @@ class QuietStarTrainer(CheckpointTrainer):
         self._thoughts.add(output.thoughts, holds_text, words)
         if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice():
             self._log_gradient_norms(model, output)
-        if self._due(self.args.sample_steps) and self.is_world_process_zero():
-            thoughts = show_thoughts(cast(Any, self.processing_class), inputs["input_ids"], output.thoughts)
-            self._write({"step": self.state.global_step, "thoughts": thoughts})
+        if self._due(self.args.sample_steps):
+            self._sample = {name: values[:1] for name, values in inputs.items()} | {"thoughts": output.thoughts[:1]}
         loss = self._as_part(output.loss)
         return (loss, output) if return_outputs else loss
 
@@ -132,6 +134,8 @@ class QuietStarTrainer(CheckpointTrainer):
             return loss
         if not self.args.fp16 and not self._is_finite():  # in fp16 a scaler skips such updates
             return torch.zeros_like(loss)
+        if self._sample:
+            self._write_thoughts(self._sample)
         self._update.pop("loss")  # which the Trainer logs
         for name, value in self._update.items():
             self._seen[name].append(value)
@@ -170,7 +174,7 @@ class QuietStarTrainer(CheckpointTrainer):
     ) -> tuple[list[dict[str, Any]], Any]:
         """The batches of one update; what its means are over is counted in all of them, on all processes."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._update, self._loss_before = {}, self._tr_loss.clone()
+        self._update, self._sample, self._loss_before = {}, {}, self._tr_loss.clone()
         self.counts = None
         if len(batches) > 1 or self.args.world_size > 1:
             model = self.thinking_model
@@ -221,6 +225,20 @@ class QuietStarTrainer(CheckpointTrainer):
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             norms = torch.stack([gradient.float().norm() for gradient in gradients if gradient is not None])
             self._update[f"{name}_gradient_norm"] = norms.norm()
+
+    def _write_thoughts(self, sample: dict[str, Tensor]) -> None:
+        """Show some thoughts about a text of this update, and write a table of more; all processes do the pass."""
+        with self.accelerator.autocast():
+            spoken = self.thinking_model(**sample, objective=score)
+        tokenizer, step = cast(PreTrainedTokenizerBase | None, self.processing_class), self.state.global_step
+        if not self.is_world_process_zero():
+            return
+        thoughts = show_thoughts(tokenizer, sample["input_ids"], sample["thoughts"])
+        self._write({"step": step, "thoughts": thoughts})
+        if tokenizer is not None:
+            rows = thought_rows(tokenizer, sample["input_ids"][0], sample["thoughts"][0], spoken, step)
+            if rows:  # `datasets` cannot read a table without
+                write_table(rows, self.args.folder, step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the updates since the last call, and write all of it to ``metrics.jsonl``."""
