@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from qstar.cpu import keep_freed_memory
 from qstar.data import AnyDataset
 from qstar.model import QuietStarModel
+from qstar.training.card import Sources
 from qstar.training.curves import CURVES_FILE, can_draw, draw, read_metrics
 from qstar.training.savable import check_savable
 from qstar.training.saving import SETTINGS_FILE
@@ -48,8 +49,11 @@ def fit(
     rows: AnyDataset,
     held_out: AnyDataset | None = None,
     resume_from_checkpoint: bool | str | Path | None = None,
+    sources: Sources | None = None,
 ) -> dict[str, Any]:
-    """Train on packed rows, save model, tokenizer, settings and curves in ``args.output_dir``, and return the metrics.
+    """Train on packed rows, leave all that a run leaves in ``args.output_dir``, and return the metrics.
+
+    ``sources`` are what the run began with, for its model card.
 
     Raises:
         ValueError, OSError: the model could not be saved there, see :func:`qstar.training.savable.check_savable`.
@@ -73,7 +77,7 @@ def fit(
         name, step = Signals(stop.received).name, trainer.state.global_step
         logger.warning("stopped by %s: %s goes on from here", name, args.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}")
         raise SystemExit(128 + stop.received)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # which pushes nothing to the hub, before all is there
     trainer.save_state()
     if held_out is not None and args.eval_strategy == "no":
         trainer.evaluate()
@@ -83,5 +87,10 @@ def fit(
             logger.warning("no curves are drawn, since matplotlib is missing: pip install matplotlib")
         elif args.curves:
             draw(read_metrics(args.folder / METRICS_FILE), args.folder / CURVES_FILE)
+    trainer.sources = sources or Sources()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
     logged = {name: value for record in trainer.state.log_history for name, value in record.items()}
     return {**logged, **trained}

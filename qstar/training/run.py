@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qstar.data import AnyDataset
+from qstar.training.card import Sources
 from qstar.training.fit import TrainResult, fit
 from qstar.training.folders import run_folder
 from qstar.training.prepare import prepare, split_settings
@@ -59,5 +60,6 @@ def train(
         raise ValueError(f"{missing} is missing: give a model and a dataset (qstar.train_embedded() needs neither)")
     with run_folder(output_dir, resume_from_checkpoint) as folder:
         run = prepare(folder, model, dataset, tokenizer, eval_dataset, thoughts, settings)
-        metrics = fit(run.model, run.tokenizer, run.args, run.rows, run.held_out, resume_from_checkpoint)
+        sources = Sources.of(model, dataset, eval_dataset)
+        metrics = fit(run.model, run.tokenizer, run.args, run.rows, run.held_out, resume_from_checkpoint, sources)
         return TrainResult(run.model, run.tokenizer, metrics, folder)

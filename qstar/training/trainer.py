@@ -25,6 +25,7 @@ from qstar.learning import Objective, QuietStarOutput
 from qstar.model import QuietStarModel
 from qstar.talking import read_batch
 from qstar.training.callbacks import CollapseWarning, ProgressLine, show_thoughts
+from qstar.training.card import Sources, model_card, write_card
 from qstar.training.finite import MOST_SKIPPED, not_finite, not_finite_before_a_thought, what_to_try
 from qstar.training.memory import evaluation_advice, explained, training_advice
 from qstar.training.saving import CheckpointTrainer
@@ -48,6 +49,7 @@ class QuietStarTrainer(CheckpointTrainer):
 
     Attributes:
         counts: what the means of the update are taken over, where it has more than one batch or process.
+        sources: what the run began with, for its model card.
         skipped_updates: how many were left out, since they were not finite.
     """
 
@@ -82,6 +84,7 @@ class QuietStarTrainer(CheckpointTrainer):
         self._skipped_in_a_row = 0
         self._batch_of_step = (-1, 0)
         self.counts: Counts | None = None
+        self.sources = Sources()
         self.skipped_updates = 0
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -253,6 +256,18 @@ class QuietStarTrainer(CheckpointTrainer):
                     logs.pop("grad_norm")  # of an update that was not made
         super().log(logs, start_time)
         self._write({"step": self.state.global_step, **logs})
+
+    def create_model_card(  # type: ignore[override]  # it refuses what the Trainer's own card has, and this one has not
+        self, language: Any = None, license: str | None = None, tags: Any = None, model_name: str | None = None
+    ) -> None:
+        """Write the model card into the folder of the run, see :func:`qstar.training.card.model_card`."""
+        if self.is_world_process_zero():
+            logged = {name: value for record in self.state.log_history for name, value in record.items()}
+            metadata = dict(language=language, license=license, tags=tags)
+            repo = getattr(self, "hub_model_id", None)
+            model, steps = self.thinking_model, self.state.global_step
+            card = model_card(model, self.args, self.sources, logged, steps, name=model_name, repo=repo, **metadata)
+            write_card(card, self.args.folder)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.is_world_process_zero():
