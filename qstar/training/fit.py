@@ -66,6 +66,7 @@ def fit(
         keep_freed_memory()
     check_savable(model, args.folder)
     trainer = QuietStarTrainer(model, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
+    trainer.sources = sources or Sources()
     stop = StopWithCheckpoint()
     if args.save_strategy == "no":
         trained = trainer.train(resume_from_checkpoint).metrics
@@ -87,7 +88,6 @@ def fit(
             logger.warning("no curves are drawn, since matplotlib is missing: pip install matplotlib")
         elif args.curves:
             draw(read_metrics(args.folder / METRICS_FILE), args.folder / CURVES_FILE)
-    trainer.sources = sources or Sources()
     if args.push_to_hub:
         trainer.push_to_hub()
     else:

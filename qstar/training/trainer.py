@@ -7,6 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.utils import PushInProgress
 
 from qstar.config import SIZES
 from qstar.data import PadRight
@@ -27,6 +29,7 @@ from qstar.talking import read_batch
 from qstar.training.callbacks import CollapseWarning, ProgressLine, show_thoughts
 from qstar.training.card import Sources, model_card, write_card
 from qstar.training.finite import MOST_SKIPPED, not_finite, not_finite_before_a_thought, what_to_try
+from qstar.training.hub import push_checkpoint
 from qstar.training.memory import evaluation_advice, explained, training_advice
 from qstar.training.saving import CheckpointTrainer
 from qstar.training.settings import QuietStarArguments
@@ -37,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 LOGGED = ("likelihood_loss", "policy_loss", "nll_base", "nll_talk", "reward", "rewarded", "mixing_weight")
+SHOWN_TOKENS = 256  # of a text whose thoughts are shown, at most
 IGNORED_HOOKS = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
 
 
@@ -121,7 +125,8 @@ class QuietStarTrainer(CheckpointTrainer):
         if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice():
             self._log_gradient_norms(model, output)
         if self._due(self.args.sample_steps):
-            self._sample = {name: values[:1] for name, values in inputs.items()} | {"thoughts": output.thoughts[:1]}
+            sample = inputs | {"thoughts": output.thoughts}
+            self._sample = {name: values[:1, :SHOWN_TOKENS] for name, values in sample.items()}
         loss = self._as_part(output.loss)
         return (loss, output) if return_outputs else loss
 
@@ -264,10 +269,31 @@ class QuietStarTrainer(CheckpointTrainer):
         if self.is_world_process_zero():
             logged = {name: value for record in self.state.log_history for name, value in record.items()}
             metadata = dict(language=language, license=license, tags=tags)
-            repo = getattr(self, "hub_model_id", None)
-            model, steps = self.thinking_model, self.state.global_step
-            card = model_card(model, self.args, self.sources, logged, steps, name=model_name, repo=repo, **metadata)
+            model, steps, place = (
+                self.thinking_model,
+                self.state.global_step,
+                dict(name=model_name, repo=self.hub_model_id),
+            )
+            card = model_card(model, self.args, self.sources, logged, steps, **place, **metadata)
             write_card(card, self.args.folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint as ``hub_strategy`` says, see :func:`qstar.training.hub.push_checkpoint`."""
+        pushes = cast(PushInProgress | None, self.push_in_progress)
+        busy = pushes is not None and not pushes.is_done()
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.create_model_card()
+        place = dict(repo_id=self.hub_model_id, token=self.args.hub_token, revision=self.args.hub_revision)
+        message = f"Training in progress, step {self.state.global_step}"
+        strategy = HubStrategy(self.args.hub_strategy)
+        jobs = push_checkpoint(Path(checkpoint_folder), self.args.folder, strategy, message, **place)
+        if busy:
+            jobs += cast(Any, pushes).jobs
+        self.push_in_progress = cast(Any, PushInProgress(cast(Any, jobs)))
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.is_world_process_zero():

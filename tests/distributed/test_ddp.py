@@ -16,9 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qstar.learning import Objective
 from qstar.training.settings import QuietStarArguments
+from qstar.training.thought_statistics import COLLAPSED
 from qstar.training.trainer import QuietStarTrainer
 
 ROWS, LENGTH, RANKS = 4, 7, 2
+LOGGED = ("eval_tokens", "eval_nll_talk", *COLLAPSED)
 
 
 def step(model, tokens, row_offset: int = 0):
@@ -50,6 +52,7 @@ def trained(folder: str, world_size: int, streamed: bool) -> dict[str, torch.Ten
     """The weights after two updates of four rows that are learned from to very different extents, and an evaluation."""
     rows = unequal_rows()
     options = dict(max_steps=2, warmup_steps=0, optim="sgd", learning_rate=0.1, max_grad_norm=1e9, save_strategy="no")
+    options |= dict(logging_steps=2)
     quiet = dict(report_to="none", disable_tqdm=True, sample_steps=0, gradient_norm_steps=0, use_cpu=True)
     batch = dict(per_device_train_batch_size=4 // world_size, train_sampling_strategy="sequential", seq_length=12)
     model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2)
@@ -59,7 +62,8 @@ def trained(folder: str, world_size: int, streamed: bool) -> dict[str, torch.Ten
     trainer.train()
     # An odd number of rows, one of them short: each must count once.
     found = trainer.evaluate([*rows[:2], {name: values[:5] for name, values in rows[3].items()}])
-    return model.state_dict() | {name: torch.tensor(found[f"eval_{name}"]) for name in ("tokens", "nll_talk")}
+    found |= next(record for record in trainer.state.log_history if "loss" in record)
+    return model.state_dict() | {name: torch.tensor(found[name]) for name in LOGGED}
 
 
 def train_elsewhere(rank: int, port: int, results: str, streamed: bool) -> None:
@@ -84,7 +88,7 @@ def test_the_trainer_makes_the_same_updates_on_two_processes(streamed, tmp_path)
     start = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2).state_dict()
     for rank in range(RANKS):
         split = torch.load(tmp_path / f"{rank}.pt")
-        for name in ("tokens", "nll_talk"):
+        for name in LOGGED:
             torch.testing.assert_close(split.pop(name), whole[name], rtol=1e-5, atol=0)
         for name, weight in split.items():
             assert (whole[name] - weight).norm() <= 1e-4 * (weight - start[name]).norm(), name
