@@ -27,7 +27,7 @@ def not_finite(
     Asks the device once where all is finite. All processes get the same answer.
 
     Args:
-        parts: scalars by the names of ``PARTS``, some or all.
+        parts: scalars by the names of ``PARTS``, the loss at least.
         model: the model, with its gradients.
         total: adds values over all processes.
         gather: puts the names that all processes have found one behind another.
@@ -35,7 +35,8 @@ def not_finite(
     parts = {name: parts[name].detach() for name in PARTS if name in parts}
     gradients = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(gradients.values())
-    values = total(torch.stack([x.to(norm.device, torch.float32) for x in (norm, *parts.values())]))
+    device = parts["loss"].device
+    values = total(torch.stack([x.to(device, torch.float32) for x in (norm, *parts.values())]))
     if values.isfinite().all():
         return []
     # All of it is looked at: the norm may be beyond a float where no value is.

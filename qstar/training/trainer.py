@@ -77,6 +77,11 @@ class QuietStarTrainer(CheckpointTrainer):
         tokenizer = kwargs.get("processing_class")
         kwargs.setdefault("data_collator", PadRight(getattr(tokenizer, "pad_token_id", None) or 0))
         super().__init__(model, args, **kwargs)
+        if self.is_deepspeed_enabled and args.on_nonfinite == "skip":
+            raise ValueError(
+                "on_nonfinite is 'skip', but with DeepSpeed it must be 'stop': it changes the weights before anyone can "
+                "look at an update"
+            )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine)
         self.add_callback(CollapseWarning)
@@ -160,8 +165,9 @@ class QuietStarTrainer(CheckpointTrainer):
         found = f"{wrong[0]} is not finite in step {self.state.global_step + 1}{others}"
         advice = what_to_try(wrong[0])
         if self.args.on_nonfinite == "stop":
+            when = "" if self.is_deepspeed_enabled else " before the weights change"
             raise FloatingPointError(
-                f"{found}: training stops before the weights change; checkpoints are as they were. To go on, {advice}, "
+                f"{found}: training stops{when}; checkpoints are as they were. To go on, {advice}, "
                 "or on_nonfinite='skip', which leaves such updates out"
             )
         if self._skipped_in_a_row == MOST_SKIPPED:

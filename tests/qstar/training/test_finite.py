@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from tiny_runs import QUIET, records, unequal_rows
+from transformers import Trainer
 from wait_watch import WaitWatch
 
 from qstar.learning import Objective
@@ -177,6 +178,20 @@ def test_a_run_that_would_be_skipped_for_ever_stops(tmp_path):
 def test_a_policy_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValueError, match="on_nonfinite is 'ignore', but it must be one of stop, skip"):
         QuietStarArguments(str(tmp_path), on_nonfinite="ignore", **QUIET)
+
+
+def test_with_deepspeed_an_update_cannot_be_skipped(tmp_path, monkeypatch):
+    begin = Trainer.__init__
+
+    def sharded(trainer, *args, **kwargs):
+        begin(trainer, *args, **kwargs)
+        trainer.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(Trainer, "__init__", sharded)
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
+    QuietStarTrainer(model, QuietStarArguments(str(tmp_path), **QUIET))
+    with pytest.raises(ValueError, match="on_nonfinite is 'skip', but with DeepSpeed it must be 'stop'"):
+        QuietStarTrainer(model, QuietStarArguments(str(tmp_path), on_nonfinite="skip", **QUIET))
 
 
 def test_a_norm_beyond_a_float_is_no_gradient_that_is_not_finite():
