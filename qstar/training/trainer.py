@@ -79,17 +79,18 @@ class QuietStarTrainer(CheckpointTrainer):
         super().__init__(model, args, **kwargs)
         if self.is_deepspeed_enabled and args.on_nonfinite == "skip":
             raise ValueError(
-                "on_nonfinite is 'skip', but with DeepSpeed it must be 'stop': it changes the weights before anyone can "
-                "look at an update"
+                "on_nonfinite is 'skip', but with DeepSpeed it must be 'stop': weights change there before an update "
+                "can be looked at"
             )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine)
         self.add_callback(CollapseWarning)
         self.objective: Objective = args.objective()
         self._update: dict[str, Tensor] = {}  # values of the update at hand
+        self._thoughts: list[tuple[Tensor, Tensor]] = []  # of its batches, and where they are about text
         self._sample: dict[str, Tensor] = {}  # a text of it and the thoughts about it, where they are to be shown
         self._seen: dict[str, list[Tensor]] = defaultdict(list)  # those of updates since the last log
-        self._thoughts = ThoughtStatistics()
+        self._thought_statistics = ThoughtStatistics()  # of updates since the last log
         self._skipped_in_a_row = 0
         self._batch_of_step = (-1, 0)
         self.counts: Counts | None = None
@@ -125,8 +126,7 @@ class QuietStarTrainer(CheckpointTrainer):
         for name in LOGGED:
             self._add_up(name, getattr(output, name).detach())
         holds_text = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        words = self.thinking_model.config.get_text_config(decoder=True).vocab_size
-        self._thoughts.add(output.thoughts, holds_text, words)
+        self._thoughts.append((output.thoughts, holds_text))
         if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice():
             self._log_gradient_norms(model, output)
         if self._due(self.args.sample_steps):
@@ -152,6 +152,9 @@ class QuietStarTrainer(CheckpointTrainer):
         self._update.pop("loss")  # which the Trainer logs
         for name, value in self._update.items():
             self._seen[name].append(value)
+        words = self.thinking_model.config.get_text_config(decoder=True).vocab_size
+        for thoughts, counted in self._thoughts:
+            self._thought_statistics.add(thoughts, counted, words)
         return loss
 
     def _is_finite(self) -> bool:
@@ -188,7 +191,8 @@ class QuietStarTrainer(CheckpointTrainer):
     ) -> tuple[list[dict[str, Any]], Any]:
         """The batches of one update; what its means are over is counted in all of them, on all processes."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._update, self._sample, self._loss_before = {}, {}, self._tr_loss.clone()
+        self._update, self._thoughts, self._sample = {}, [], {}
+        self._loss_before = self._tr_loss.clone()
         self.counts = None
         if len(batches) > 1 or self.args.world_size > 1:
             model = self.thinking_model
@@ -260,7 +264,7 @@ class QuietStarTrainer(CheckpointTrainer):
             for name, values in self._seen.items():
                 logs[name] = float(self.accelerator.gather(torch.stack(values).mean().float()).sum())
             self._seen.clear()
-            logs |= self._thoughts.summary(cast(Any, self.accelerator.reduce))
+            logs |= self._thought_statistics.summary(cast(Any, self.accelerator.reduce))
             if self.args.on_nonfinite == "skip":
                 logs["skipped_updates"] = self.skipped_updates
                 if self._skipped_in_a_row:
