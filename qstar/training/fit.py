@@ -58,7 +58,8 @@ def fit(
     Raises:
         ValueError, OSError: the model could not be saved there, see :func:`qstar.training.savable.check_savable`.
         ValueError: a given checkpoint is not as it was written.
-        FloatingPointError: the loss or a gradient is not finite.
+        FloatingPointError: the loss or a gradient is not finite, as ``on_nonfinite`` says.
+        OutOfMemory: a step or an evaluation does not fit in memory, with the settings to lower.
         SystemExit: SIGINT (Ctrl-C, code 130) or SIGTERM (143) came, and a checkpoint was saved after the step at hand;
             with ``save_strategy="no"`` the signals do what they do elsewhere.
     """

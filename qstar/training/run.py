@@ -52,6 +52,8 @@ def train(
         FileNotFoundError: model or dataset is neither here nor a name that the hub has or could have.
         FileExistsError: ``output_dir`` holds an earlier run.
         BlockingIOError: another run is in ``output_dir`` at this time.
+        FloatingPointError: the loss or a gradient is not finite, as ``on_nonfinite`` says.
+        OutOfMemory: a step or an evaluation does not fit in memory, with the settings to lower.
         SystemExit: SIGINT (Ctrl-C) or SIGTERM came, and a checkpoint was saved, see :func:`qstar.training.fit.fit`.
     """
     thoughts, settings = split_settings("train()", settings)

@@ -131,13 +131,13 @@ def train_until_it_is_spoiled(rank: int, port: int, results: str) -> None:
     torch.set_num_threads(1)
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    quiet = dict(report_to="none", disable_tqdm=True, sample_steps=0, gradient_norm_steps=0, use_cpu=True)
+    quiet = dict(report_to="none", disable_tqdm=True, sample_steps=1, gradient_norm_steps=0, use_cpu=True)
     options = quiet | dict(per_device_train_batch_size=2, warmup_steps=0, learning_rate=1e-2, save_strategy="no")
     found: dict[str, object] = {}
     for policy, steps in (("skip", 2), ("stop", 2), ("skip", 1)):
         model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2)
         args = QuietStarArguments(f"{results}/{policy}", on_nonfinite=policy, max_steps=steps, **options)
-        trainer = SpoiledElsewhere(model, args, train_dataset=unequal_rows())
+        trainer = SpoiledElsewhere(model, args, train_dataset=unequal_rows(), processing_class=tiny.tokenizer())
         try:
             trainer.train()
         except FloatingPointError as error:
@@ -150,7 +150,7 @@ def train_until_it_is_spoiled(rank: int, port: int, results: str) -> None:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_agree_on_an_update_that_is_not_finite_for_one_of_them(tmp_path):
-    """Both stop, and say the same, or both skip it: the weights are those of the first update."""
+    """Both stop, and say the same, or both skip it: the weights are those of the first update. One shows thoughts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -163,3 +163,5 @@ def test_two_processes_agree_on_an_update_that_is_not_finite_for_one_of_them(tmp
             assert torch.equal(found["skip 2"][name], weight), name
             assert torch.equal(found["stop 2"][name], weight), name
         assert not torch.equal(found["skip 1"]["lm_head.weight"], start["lm_head.weight"])
+    for policy in ("skip", "stop"):
+        assert [path.name for path in (tmp_path / policy / "thoughts").iterdir()] == ["step-000000.parquet"]
