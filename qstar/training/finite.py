@@ -43,8 +43,8 @@ def not_finite(
     weights = not_finite_weights(model)
     wrong = [name for name, value in zip(parts, values[1:].tolist(), strict=True) if not math.isfinite(value)]
     named = ["the loss" if name == "loss" else name for name in wrong]
-    slopes = [f"the gradient of {name}" for name, x in gradients.items() if not x.isfinite().all()]
-    return [*dict.fromkeys(gather(weights)), *named, *dict.fromkeys(gather(slopes))]
+    wrong_gradients = [f"the gradient of {name}" for name, x in gradients.items() if not x.isfinite().all()]
+    return [*dict.fromkeys(gather(weights)), *named, *dict.fromkeys(gather(wrong_gradients))]
 
 
 def not_finite_weights(model: nn.Module) -> list[str]:

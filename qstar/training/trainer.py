@@ -115,8 +115,9 @@ class QuietStarTrainer(CheckpointTrainer):
         """The objective's loss, and its output as well where asked for."""
         try:
             output = model(**inputs, objective=self._objective_for(inputs["input_ids"]))
-        except ValueError as error:  # where logits are NaN, what is sampled from them is no token of a thought
-            wrong = not_finite_before_a_thought(self.thinking_model, inputs)
+        except ValueError as error:  # where logits are NaN, what is sampled may be a token that is forbidden
+            sampled = "forbidden" in str(error) and not self.is_fsdp_enabled  # where one process cannot look alone
+            wrong = not_finite_before_a_thought(self.thinking_model, inputs) if sampled else []
             if not wrong:
                 raise
             raise FloatingPointError(
@@ -268,7 +269,7 @@ class QuietStarTrainer(CheckpointTrainer):
             if self.args.on_nonfinite == "skip":
                 logs["skipped_updates"] = self.skipped_updates
                 if self._skipped_in_a_row:
-                    logs.pop("grad_norm")  # of an update that was not made
+                    logs.pop("grad_norm", None)  # of an update that was not made
         super().log(logs, start_time)
         self._write({"step": self.state.global_step, **logs})
 
@@ -279,12 +280,8 @@ class QuietStarTrainer(CheckpointTrainer):
         if self.is_world_process_zero():
             logged = {name: value for record in self.state.log_history for name, value in record.items()}
             metadata = dict(language=language, license=license, tags=tags)
-            model, steps, place = (
-                self.thinking_model,
-                self.state.global_step,
-                dict(name=model_name, repo=self.hub_model_id),
-            )
-            card = model_card(model, self.args, self.sources, logged, steps, **place, **metadata)
+            model, steps, repo = self.thinking_model, self.state.global_step, self.hub_model_id
+            card = model_card(model, self.args, self.sources, logged, steps, name=model_name, repo=repo, **metadata)
             write_card(card, self.args.folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -116,6 +116,16 @@ def test_states_that_are_not_finite_though_weights_are_are_named(tmp_path):
         trained(QuietStarTrainer, tmp_path, model)
 
 
+def test_an_error_of_another_kind_stays_what_it_is(tmp_path):
+    """Though a weight is not finite as well."""
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
+    model.config.max_position_embeddings = 13
+    with torch.no_grad():
+        model.get_parameter(HEAD)[0, 4] = NAN
+    with pytest.raises(ValueError, match="make more than the model's max_position_embeddings = 13"):
+        trained(QuietStarTrainer, tmp_path, model)
+
+
 @pytest.mark.parametrize("what", ["loss", HEAD])
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
