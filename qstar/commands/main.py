@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         code = importlib.import_module(f"qstar.commands.{command}").run(rest)
-    except (OSError, TypeError, ValueError, FloatingPointError) as error:
+    except (OSError, TypeError, ValueError, FloatingPointError, MemoryError) as error:
         if traced:
             traceback.print_exc()
         print(f"qstar {command}: {error}", file=sys.stderr)

@@ -25,6 +25,7 @@ from qstar.evaluation.choices import choice_log_probs
 from qstar.evaluation.tables import table
 from qstar.model import QuietStarModel
 from qstar.talking import text_loss
+from qstar.training.card import Source, Sources
 from qstar.training.fit import TrainResult, fit
 from qstar.training.folders import run_folder
 from qstar.training.lora import LoraSettings
@@ -123,10 +124,13 @@ def _train_and_compare(folder: Path, thoughts: dict[str, Any], settings: dict[st
 
     print("2/4  it learns to think")
     rows = training_rows(tokenizer, args)
-    metrics = fit(model, tokenizer, args, rows)
+    sources = Sources(Source(f"a {type(decoder).__name__}, pre-trained on such sums"), Source("sums modulo ten"))
+    metrics = fit(model, tokenizer, args, rows, sources=sources)
 
     print("3/4  beside it, a copy goes through as many steps of plain training")
-    plain_args = QuietStarArguments(**(settings | dict(output_dir=str(folder / "plain"), sample_steps=0)))
+    plain_args = QuietStarArguments(
+        **(settings | dict(output_dir=str(folder / "plain"), sample_steps=0, push_to_hub=False))
+    )
     PlainTrainer(plain, plain_args, train_dataset=rows, processing_class=tokenizer).train()
     plain.save_pretrained(folder / "plain")
 

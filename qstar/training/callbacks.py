@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+
+from qstar.training.thought_statistics import signs_of_collapse
+
+logger = logging.getLogger(__name__)
 
 
 class ProgressLine(ProgressCallback):
@@ -19,6 +24,7 @@ class ProgressLine(ProgressCallback):
         ("nll_talk", "with", ".4f"),
         ("reward", "reward", ".4f"),
         ("mixing_weight", "mixing weight", ".3f"),
+        ("thought_entropy", "entropy", ".2f"),
         ("eval_nll_base", "held out: without thoughts", ".4f"),
         ("eval_nll_talk", "with", ".4f"),
     )
@@ -28,6 +34,24 @@ class ProgressLine(ProgressCallback):
             parts = [f"{label} {logs[name]:{form}}" for name, label, form in self.SHOWN if name in logs]
             if parts:
                 self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(parts))
+
+
+class CollapseWarning(TrainerCallback):
+    """Warns, once, when what is logged shows that thoughts have collapsed, see ``COLLAPSED``."""
+
+    def __init__(self) -> None:
+        self.warned = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        signs = signs_of_collapse(logs or {})
+        if signs and state.is_world_process_zero and not self.warned:
+            self.warned = True
+            logger.warning(
+                "thoughts have collapsed by step %d: %s; try a lower policy_weight or learning_rate, or a higher "
+                "thought_temperature",
+                state.global_step,
+                ", ".join(signs),
+            )
 
 
 def show_thoughts(

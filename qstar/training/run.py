@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qstar.data import AnyDataset
+from qstar.training.card import Sources
 from qstar.training.fit import TrainResult, fit
 from qstar.training.folders import run_folder
 from qstar.training.prepare import prepare, split_settings
@@ -52,6 +53,8 @@ def train(
         FileNotFoundError: model or dataset is neither here nor a name that the hub has or could have.
         FileExistsError: ``output_dir`` holds an earlier run.
         BlockingIOError: another run is in ``output_dir`` at this time.
+        FloatingPointError: the loss or a gradient is not finite, as ``on_nonfinite`` says.
+        OutOfMemory: a step or an evaluation does not fit in memory, with the settings to lower.
         SystemExit: SIGINT (Ctrl-C) or SIGTERM came, and a checkpoint was saved, see :func:`qstar.training.fit.fit`.
     """
     thoughts, settings = split_settings("train()", settings)
@@ -60,5 +63,6 @@ def train(
         raise ValueError(f"{missing} is missing: give a model and a dataset (qstar.train_embedded() needs neither)")
     with run_folder(output_dir, resume_from_checkpoint) as folder:
         run = prepare(folder, model, dataset, tokenizer, eval_dataset, thoughts, settings)
-        metrics = fit(run.model, run.tokenizer, run.args, run.rows, run.held_out, resume_from_checkpoint)
+        sources = Sources.of(model, dataset, eval_dataset)
+        metrics = fit(run.model, run.tokenizer, run.args, run.rows, run.held_out, resume_from_checkpoint, sources)
         return TrainResult(run.model, run.tokenizer, metrics, folder)

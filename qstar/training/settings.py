@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from qstar.config import setting
 from qstar.data import DataSettings
 from qstar.learning import BASELINES, Objective
+from qstar.training.finite import POLICIES
 from qstar.training.lora import LoraSettings
 
 _OURS = "the losses and the evaluation are Quiet-STaR's own, which have no use for it"
@@ -99,10 +100,18 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
         "Tokens of the thought grid (rows times text tokens times slots) that are read at once with gradients; a "
         "larger grid is read in parts, which takes less memory and more time. 0 for no limit.",
     )
-    sample_steps: int = setting(50, "Show thoughts every so many steps; 0 for never.")
+    on_nonfinite: str = setting(
+        "stop",
+        "What to do about an update whose loss or gradient is not finite: stop before it, or skip it.",
+        choices=list(POLICIES),
+    )
+    sample_steps: int = setting(
+        50, "Show some thoughts every so many steps, and write a table of more into thoughts/; 0 for never."
+    )
     gradient_norm_steps: int = setting(
         100, "Log both losses' gradient norms every so many steps, on one process; 0 for never."
     )
+    curves: bool = setting(True, "Draw curves of what was logged into curves.png at the end; needs matplotlib.")
 
     def __post_init__(self) -> None:
         if torch.backends.mps.is_available():
@@ -141,6 +150,8 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
                 f"optim is {str(self.optim.value)!r}, whose states no checkpoint can hold: adamw_bnb_8bit has some "
                 "that it can; or set save_only_model=True, or save_strategy='no'"
             )
+        if self.on_nonfinite not in POLICIES:
+            raise ValueError(f"on_nonfinite is {self.on_nonfinite!r}, but it must be one of {', '.join(POLICIES)}")
         self.check_data()
         self.check_lora()
         if self.thought_temperature < 0:

@@ -7,27 +7,40 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.utils import PushInProgress
 
+from qstar.config import SIZES
 from qstar.data import PadRight
 from qstar.evaluation.held_out import evaluate_rows
 from qstar.evaluation.tables import finite_or_none
-from qstar.grid import Counts
+from qstar.grid import Counts, ThoughtGrid
 from qstar.learning import Objective, QuietStarOutput
 from qstar.model import QuietStarModel
 from qstar.talking import read_batch
-from qstar.training.callbacks import ProgressLine, show_thoughts
+from qstar.training.callbacks import CollapseWarning, ProgressLine, show_thoughts
+from qstar.training.card import Sources, model_card, write_card
+from qstar.training.finite import MOST_SKIPPED, not_finite, not_finite_before_a_thought, what_to_try
+from qstar.training.hub import push_checkpoint
+from qstar.training.memory import evaluation_advice, explained, training_advice
 from qstar.training.saving import CheckpointTrainer
 from qstar.training.settings import QuietStarArguments
+from qstar.training.thought_statistics import ThoughtStatistics
+from qstar.training.thought_table import score, thought_rows, write_table
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 LOGGED = ("likelihood_loss", "policy_loss", "nll_base", "nll_talk", "reward", "rewarded", "mixing_weight")
+SHOWN_TOKENS = 256  # of a text whose thoughts are shown, at most
 IGNORED_HOOKS = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
 
 
@@ -40,6 +53,8 @@ class QuietStarTrainer(CheckpointTrainer):
 
     Attributes:
         counts: what the means of the update are taken over, where it has more than one batch or process.
+        sources: what the run began with, for its model card.
+        skipped_updates: how many were left out, since they were not finite.
     """
 
     loss_is_scaled_for_ga = False
@@ -62,60 +77,123 @@ class QuietStarTrainer(CheckpointTrainer):
         tokenizer = kwargs.get("processing_class")
         kwargs.setdefault("data_collator", PadRight(getattr(tokenizer, "pad_token_id", None) or 0))
         super().__init__(model, args, **kwargs)
+        if self.is_deepspeed_enabled and args.on_nonfinite == "skip":
+            raise ValueError(
+                "on_nonfinite is 'skip', but with DeepSpeed it must be 'stop': weights change there before an update "
+                "can be looked at"
+            )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine)
+        self.add_callback(CollapseWarning)
         self.objective: Objective = args.objective()
-        self._seen: dict[str, list[Tensor]] = defaultdict(list)
+        self._update: dict[str, Tensor] = {}  # values of the update at hand
+        self._thoughts: list[tuple[Tensor, Tensor]] = []  # of its batches, and where they are about text
+        self._sample: dict[str, Tensor] = {}  # a text of it and the thoughts about it, where they are to be shown
+        self._seen: dict[str, list[Tensor]] = defaultdict(list)  # those of updates since the last log
+        self._thought_statistics = ThoughtStatistics()  # of updates since the last log
+        self._skipped_in_a_row = 0
         self._batch_of_step = (-1, 0)
         self.counts: Counts | None = None
+        self.sources = Sources()
+        self.skipped_updates = 0
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, see :meth:`CheckpointTrainer.train`.
+
+        Raises:
+            OutOfMemory: a step does not fit in memory, with the settings to lower.
+            FloatingPointError: the loss or a gradient is not finite.
+        """
+        thoughts = self.thinking_model.qstar
+        sizes = {name: getattr(thoughts, name) for name in SIZES}
+        with explained(lambda: training_advice(self.args, ThoughtGrid(self.args.seq_length, **sizes))):
+            return super().train(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective's loss, and its output as well where asked for."""
-        output = model(**inputs, objective=self._objective_for(inputs["input_ids"]))
+        try:
+            output = model(**inputs, objective=self._objective_for(inputs["input_ids"]))
+        except ValueError as error:  # where logits are NaN, what is sampled may be a token that is forbidden
+            sampled = "forbidden" in str(error) and not self.is_fsdp_enabled  # where one process cannot look alone
+            wrong = not_finite_before_a_thought(self.thinking_model, inputs) if sampled else []
+            if not wrong:
+                raise
+            raise FloatingPointError(
+                f"{wrong[0]} is not finite in step {self.state.global_step + 1}, so that no thought can be sampled: "
+                f"training stops; checkpoints are as they were. To go on, {what_to_try(wrong[0])}"
+            ) from error
         for name in LOGGED:
             self._add_up(name, getattr(output, name).detach())
+        holds_text = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        self._thoughts.append((output.thoughts, holds_text))
         if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice():
             self._log_gradient_norms(model, output)
-        if self._due(self.args.sample_steps) and self.is_world_process_zero():
-            thoughts = show_thoughts(cast(Any, self.processing_class), inputs["input_ids"], output.thoughts)
-            self._write({"step": self.state.global_step, "thoughts": thoughts})
+        if self._due(self.args.sample_steps):
+            sample = inputs | {"thoughts": output.thoughts}
+            self._sample = {name: values[:1, :SHOWN_TOKENS] for name, values in sample.items()}
         loss = self._as_part(output.loss)
         return (loss, output) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of a batch; stops before an update that would make weights infinite or NaN.
+        """Forward and backward of a batch; an update that is not finite does not reach the weights.
 
         Raises:
-            FloatingPointError: the loss or a gradient is not finite.
+            FloatingPointError: the loss or a gradient is not finite, and ``on_nonfinite`` says to stop.
         """
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients and not self.args.fp16:  # where a scaler skips such steps
-            self._check_finite(loss)
+        self._add_up("loss", loss)
+        if not self.accelerator.sync_gradients:
+            return loss
+        if not self.args.fp16 and not self._is_finite():  # in fp16 a scaler skips such updates
+            return torch.zeros_like(loss)
+        if self._sample:
+            self._write_thoughts(self._sample)
+        self._update.pop("loss")  # which the Trainer logs
+        for name, value in self._update.items():
+            self._seen[name].append(value)
+        words = self.thinking_model.config.get_text_config(decoder=True).vocab_size
+        for thoughts, counted in self._thoughts:
+            self._thought_statistics.add(thoughts, counted, words)
         return loss
 
-    def _check_finite(self, loss: Tensor) -> None:
-        values = {"the loss": loss.detach()}
-        for name, parameter in self.thinking_model.named_parameters():
-            if parameter.grad is not None:
-                gradient: Any = parameter.grad
-                values[f"the gradient of {name}"] = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-        if torch.nn.utils.get_total_norm(values.values()).isfinite():
-            return
-        # The norm may be beyond a float where no value is.
-        wrong = [name for name, x in values.items() if not x.isfinite().all()]
-        if wrong:
+    def _is_finite(self) -> bool:
+        """Whether the update at hand is finite; leaves nothing of one that is not, where such are skipped."""
+        accelerator = self.accelerator
+        wrong = not_finite(self._update, self.thinking_model, cast(Any, accelerator.reduce), gather_object)
+        if not wrong:
+            self._skipped_in_a_row = 0
+            return True
+        others = f", one of {len(wrong)} that are not" if len(wrong) > 1 else ""
+        found = f"{wrong[0]} is not finite in step {self.state.global_step + 1}{others}"
+        advice = what_to_try(wrong[0])
+        if self.args.on_nonfinite == "stop":
+            when = "" if self.is_deepspeed_enabled else " before the weights change"
             raise FloatingPointError(
-                f"{wrong[0]} is not finite in step {self.state.global_step + 1}, one of {len(wrong)} such tensors: "
-                "training stops before the weights change; checkpoints are as they were"
+                f"{found}: training stops{when}; checkpoints are as they were. To go on, {advice}, "
+                "or on_nonfinite='skip', which leaves such updates out"
             )
+        if self._skipped_in_a_row == MOST_SKIPPED:
+            raise FloatingPointError(
+                f"{found}, and the {MOST_SKIPPED} steps before it were left out for the like: training stops; "
+                f"checkpoints are as they were. To go on, {advice}"
+            )
+        self._skipped_in_a_row += 1
+        self.skipped_updates += 1
+        logger.warning("%s: the update is left out", found)
+        cast(nn.Module, self.model).zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient
+        self._tr_loss.copy_(self._loss_before)
+        self._globalstep_last_logged += 1  # so that the mean is over the updates that were made
+        return False
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
         """The batches of one update; what its means are over is counted in all of them, on all processes."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._update, self._thoughts, self._sample = {}, [], {}
+        self._loss_before = self._tr_loss.clone()
         self.counts = None
         if len(batches) > 1 or self.args.world_size > 1:
             model = self.thinking_model
@@ -133,10 +211,8 @@ class QuietStarTrainer(CheckpointTrainer):
         return loss * self.current_gradient_accumulation_steps * self.args.world_size
 
     def _add_up(self, name: str, value: Tensor) -> None:
-        """Keep a value of this batch for the log, as a part of its update's."""
-        if self._batch_of_step[1] and self._seen[name]:
-            value = self._seen[name].pop() + value
-        self._seen[name].append(value)
+        """Keep a value of this batch, as a part of its update's."""
+        self._update[name] = self._update[name] + value if name in self._update else value
 
     def _can_differentiate_twice(self) -> bool:
         options = cast(dict[str, Any], self.args.gradient_checkpointing_kwargs or {})
@@ -167,7 +243,21 @@ class QuietStarTrainer(CheckpointTrainer):
         for name, loss in (("likelihood", output.likelihood_loss), ("policy", output.policy_loss)):
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             norms = torch.stack([gradient.float().norm() for gradient in gradients if gradient is not None])
-            self._seen[f"{name}_gradient_norm"].append(norms.norm())
+            self._update[f"{name}_gradient_norm"] = norms.norm()
+
+    def _write_thoughts(self, sample: dict[str, Tensor]) -> None:
+        """Show some thoughts about a text of this update, and write a table of more; all processes do the pass."""
+        with self.accelerator.autocast():
+            spoken = self.thinking_model(**sample, objective=score)
+        tokenizer, step = cast(PreTrainedTokenizerBase | None, self.processing_class), self.state.global_step
+        if not self.is_world_process_zero():
+            return
+        thoughts = show_thoughts(tokenizer, sample["input_ids"], sample["thoughts"])
+        self._write({"step": step, "thoughts": thoughts})
+        if tokenizer is not None:
+            rows = thought_rows(tokenizer, sample["input_ids"][0], sample["thoughts"][0], spoken, step)
+            if rows:  # `datasets` cannot read a table without
+                write_table(rows, self.args.folder, step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the updates since the last call, and write all of it to ``metrics.jsonl``."""
@@ -175,8 +265,42 @@ class QuietStarTrainer(CheckpointTrainer):
             for name, values in self._seen.items():
                 logs[name] = float(self.accelerator.gather(torch.stack(values).mean().float()).sum())
             self._seen.clear()
+            logs |= self._thought_statistics.summary(cast(Any, self.accelerator.reduce))
+            if self.args.on_nonfinite == "skip":
+                logs["skipped_updates"] = self.skipped_updates
+                if self._skipped_in_a_row:
+                    logs.pop("grad_norm", None)  # of an update that was not made
         super().log(logs, start_time)
         self._write({"step": self.state.global_step, **logs})
+
+    def create_model_card(  # type: ignore[override]  # it refuses what the Trainer's own card has, and this one has not
+        self, language: Any = None, license: str | None = None, tags: Any = None, model_name: str | None = None
+    ) -> None:
+        """Write the model card into the folder of the run, see :func:`qstar.training.card.model_card`."""
+        if self.is_world_process_zero():
+            logged = {name: value for record in self.state.log_history for name, value in record.items()}
+            metadata = dict(language=language, license=license, tags=tags)
+            model, steps, repo = self.thinking_model, self.state.global_step, self.hub_model_id
+            card = model_card(model, self.args, self.sources, logged, steps, name=model_name, repo=repo, **metadata)
+            write_card(card, self.args.folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint as ``hub_strategy`` says, see :func:`qstar.training.hub.push_checkpoint`."""
+        pushes = cast(PushInProgress | None, self.push_in_progress)
+        busy = pushes is not None and not pushes.is_done()
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.create_model_card()
+        place = dict(repo_id=self.hub_model_id, token=self.args.hub_token, revision=self.args.hub_revision)
+        message = f"Training in progress, step {self.state.global_step}"
+        strategy = HubStrategy(self.args.hub_strategy)
+        jobs = push_checkpoint(Path(checkpoint_folder), self.args.folder, strategy, message, **place)
+        if busy:
+            jobs += cast(Any, pushes).jobs
+        self.push_in_progress = cast(Any, PushInProgress(cast(Any, jobs)))
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.is_world_process_zero():
@@ -220,13 +344,17 @@ class QuietStarTrainer(CheckpointTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out log-likelihood with and without thoughts, see :func:`qstar.evaluation.held_out.evaluate_rows`."""
+        """Held-out log-likelihood with and without thoughts, see :func:`qstar.evaluation.held_out.evaluate_rows`.
+
+        Raises:
+            OutOfMemory: a batch does not fit in memory, with the setting to lower.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
             every = [self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in dataset.items()]
             return {name: value for metrics in every for name, value in metrics.items()}
         batches = self.get_eval_dataloader(eval_dataset)
-        with self.accelerator.autocast():
+        with explained(lambda: evaluation_advice(self.args)), self.accelerator.autocast():
             result = evaluate_rows(self.thinking_model, batches, total=cast(Any, self.accelerator.reduce))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.summary().items()}
         metrics[f"{metric_key_prefix}_loss"] = (result.nll_base + result.nll_talk) / 2

@@ -12,7 +12,13 @@ from datasets import Dataset
 from qstar import TrainResult, train
 
 QUIET = dict(
-    report_to="none", disable_tqdm=True, sample_steps=0, gradient_norm_steps=0, save_strategy="no", seq_length=12
+    report_to="none",
+    disable_tqdm=True,
+    sample_steps=0,
+    gradient_norm_steps=0,
+    curves=False,
+    save_strategy="no",
+    seq_length=12,
 )
 
 

@@ -19,7 +19,7 @@ from qstar.training.trainer import QuietStarTrainer
 LINES = ["a b c d e f g h", "c a b e d f", "b b a c d e f g h i", "a c e g i k", "d e f"] * 3
 SETTINGS = dict(
     thought_tokens=2, ahead_tokens=1, batch_size=2, seq_length=8, learning_rate=1e-2, use_cpu=True, logging_steps=1,
-    num_train_epochs=1.0, save_steps=3, gradient_accumulation_steps=2, disable_tqdm=True, sample_steps=0,
+    num_train_epochs=1.0, save_steps=3, gradient_accumulation_steps=2, disable_tqdm=True, sample_steps=0, curves=False,
 )  # fmt: skip
 
 
