@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import OptimizerNames
 
 from qstar.config import setting
 from qstar.data import DataSettings
@@ -147,7 +148,7 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
                 raise ValueError(f"{name} is {value!r}, but it must be left alone: {why}")
         if self.optim in UNSAVED_OPTIMIZERS and self.save_strategy != "no" and not self.save_only_model:
             raise ValueError(
-                f"optim is {str(self.optim.value)!r}, whose states no checkpoint can hold: adamw_bnb_8bit has some "
+                f"optim is {OptimizerNames(self.optim).value!r}, whose states no checkpoint can hold: adamw_bnb_8bit has some "
                 "that it can; or set save_only_model=True, or save_strategy='no'"
             )
         if self.on_nonfinite not in POLICIES:
