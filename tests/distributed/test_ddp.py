@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import time
-
 import pytest
 import tiny
 import torch
 from datasets import IterableDataset
+from on_processes import RANKS, free_port, leave, meet, on_every_rank
 from tiny_runs import unequal_rows
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from qstar.learning import Objective
 from qstar.training.settings import QuietStarArguments
 from qstar.training.trainer import QuietStarTrainer
 
-ROWS, LENGTH, RANKS = 4, 7, 2
+ROWS, LENGTH = 4, 7
 
 
 def step(model, tokens, row_offset: int = 0):
@@ -27,23 +24,6 @@ def step(model, tokens, row_offset: int = 0):
     output.loss.backward()
     gradients = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
     return output.thoughts, gradients
-
-
-def leave() -> None:
-    """End this process at once: gloo's destructor may wait for a thread that waits for Python's lock."""
-    distributed.barrier()
-    os._exit(0)
-
-
-def on_every_rank(worker, *arguments: object) -> None:
-    """Run ``worker(rank, *arguments)`` in processes of their own, for five minutes at most."""
-    context = multiprocessing.spawn(worker, arguments, RANKS, join=False)
-    deadline = time.monotonic() + 300
-    while not context.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the processes did not end")
 
 
 def trained(folder: str, world_size: int, streamed: bool) -> dict[str, torch.Tensor]:
@@ -63,9 +43,7 @@ def trained(folder: str, world_size: int, streamed: bool) -> dict[str, torch.Ten
 
 
 def train_elsewhere(rank: int, port: int, results: str, streamed: bool) -> None:
-    torch.set_num_threads(1)
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    meet(rank, port)
     torch.save(trained(f"{results}/run", RANKS, streamed), f"{results}/{rank}.pt")
     assert distributed.get_world_size() == RANKS
     leave()
@@ -76,10 +54,7 @@ def train_elsewhere(rank: int, port: int, results: str, streamed: bool) -> None:
 @pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
 def test_the_trainer_makes_the_same_updates_on_two_processes(streamed, tmp_path):
     """Though one of them learns from other numbers of tokens than the other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    on_every_rank(train_elsewhere, port, str(tmp_path), streamed)
+    on_every_rank(train_elsewhere, free_port(), str(tmp_path), streamed)
     whole = trained(str(tmp_path / "alone"), 1, streamed)
     start = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2).state_dict()
     for rank in range(RANKS):
