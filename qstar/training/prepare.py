@@ -15,6 +15,7 @@ from qstar.config import CONFIG_FILE, SIZES, ThoughtSettings, check_names, setti
 from qstar.data import AnyDataset, read_rows, read_texts
 from qstar.data.load import check_name
 from qstar.model import QuietStarModel
+from qstar.training.parallelism import reading_whole
 from qstar.training.settings import QuietStarArguments
 from qstar.wrapping import load, wrap
 
@@ -62,7 +63,8 @@ def prepare(
     held_texts = None
     if eval_dataset is not None:
         held_texts = read_texts(eval_dataset, args.eval_split, args, args.eval_config, "eval_dataset")
-    thinking, tokenizer = open_model(model, tokenizer, thoughts)
+    with reading_whole(args):
+        thinking, tokenizer = open_model(model, tokenizer, thoughts)
     rows = read_rows(texts, tokenizer, args, dataset)
     if isinstance(rows, IterableDataset):
         rows = rows.repeat(None)  # one pass without end: a run that is resumed beyond the first finds its place

@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from qstar.config import setting
 from qstar.data import DataSettings
 from qstar.learning import BASELINES, Objective
+from qstar.training.parallelism import check_launch
 
 _OURS = "the losses and the evaluation are Quiet-STaR's own, which have no use for it"
 IGNORED_ARGUMENTS = {
@@ -120,6 +121,7 @@ class QuietStarArguments(DataSettings, TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = _more_is_better(self.metric_for_best_model)
         super().__post_init__()
+        check_launch(self)
         loading = cast(AcceleratorConfig, self.accelerator_config)
         if loading.dispatch_batches is None:
             loading.dispatch_batches = False  # else one process cuts the batches of all, which must be of one length
