@@ -23,6 +23,7 @@ from qstar.talking import read_batch
 from qstar.training.callbacks import ProgressLine, show_thoughts
 from qstar.training.saving import CheckpointTrainer
 from qstar.training.settings import QuietStarArguments
+from qstar.training.sharding import in_step
 
 logger = logging.getLogger(__name__)
 
@@ -101,15 +102,21 @@ class QuietStarTrainer(CheckpointTrainer):
             if parameter.grad is not None:
                 gradient: Any = parameter.grad
                 values[f"the gradient of {name}"] = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-        if torch.nn.utils.get_total_norm(values.values()).isfinite():
+        if self._total(torch.nn.utils.get_total_norm(values.values())).isfinite():
             return
         # The norm may be beyond a float where no value is.
-        wrong = [name for name, x in values.items() if not x.isfinite().all()]
+        counts = self._total(torch.stack([(~x.isfinite()).sum() for x in values.values()])).tolist()
+        wrong = [name for name, count in zip(values, counts, strict=True) if count]
         if wrong:
+            when = "with the weights changed already" if self.is_deepspeed_enabled else "before the weights change"
             raise FloatingPointError(
                 f"{wrong[0]} is not finite in step {self.state.global_step + 1}, one of {len(wrong)} such tensors: "
-                "training stops before the weights change; checkpoints are as they were"
+                f"training stops {when}; checkpoints are as they were"
             )
+
+    def _total(self, values: Tensor) -> Tensor:
+        """The sum over processes that hold a part of each gradient; ``values`` where every process has them all."""
+        return cast(Tensor, self.accelerator.reduce(values)) if self.is_sharded else values
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -141,7 +148,8 @@ class QuietStarTrainer(CheckpointTrainer):
     def _can_differentiate_twice(self) -> bool:
         options = cast(dict[str, Any], self.args.gradient_checkpointing_kwargs or {})
         reentrant = options.get("use_reentrant", False)
-        return self.args.world_size == 1 and not (self.args.gradient_checkpointing and reentrant)
+        whole = self.args.world_size == 1 and not self.is_sharded
+        return whole and not (self.args.gradient_checkpointing and reentrant)
 
     def _objective_for(self, input_ids: Tensor) -> Objective:
         """The objective with a seed for this step, and row numbers that no other batch of the step has."""
@@ -224,6 +232,8 @@ class QuietStarTrainer(CheckpointTrainer):
             every = [self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in dataset.items()]
             return {name: value for metrics in every for name, value in metrics.items()}
         batches = self.get_eval_dataloader(eval_dataset)
+        if self.is_sharded:
+            batches = in_step(batches, self.accelerator)
         with self.accelerator.autocast():
             result = evaluate_rows(self.thinking_model, batches, total=cast(Any, self.accelerator.reduce))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.summary().items()}
