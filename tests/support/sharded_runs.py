@@ -13,6 +13,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from datasets import IterableDataset
 from on_processes import RANKS
 from tiny_runs import QUIET, unequal_rows
 from torch.distributed.fsdp import FSDPModule
@@ -114,7 +115,7 @@ def a_model(family: str):
     return model
 
 
-def a_trainer(folder: Path, family: str, kind: str = "alone", **settings) -> Recorder:
+def a_trainer(folder: Path, family: str, kind: str = "alone", *, streamed: bool = False, **settings) -> Recorder:
     """A trainer of updates of four unequal rows, documents packed into one of them; of two processes unless alone."""
     options = QUIET | dict(max_steps=3, warmup_steps=0, optim="sgd", learning_rate=0.1, logging_steps=1, use_cpu=True)
     batch = dict(per_device_train_batch_size=ROWS, train_sampling_strategy="sequential")
@@ -123,4 +124,6 @@ def a_trainer(folder: Path, family: str, kind: str = "alone", **settings) -> Rec
     tokenizer, model = tiny.tokenizer(), a_model(family)
     tokenizer.add_special_tokens({"additional_special_tokens": [model.qstar.start_token, model.qstar.end_token]})
     args = QuietStarArguments(str(folder), **options | batch | settings)
-    return KINDS[kind](model, args, train_dataset=unequal_rows(), processing_class=tokenizer)
+    rows = unequal_rows()
+    dataset = IterableDataset.from_generator(lambda: iter(rows)) if streamed else rows
+    return KINDS[kind](model, args, train_dataset=dataset, processing_class=tokenizer)
