@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
@@ -35,6 +36,11 @@ def check_architecture(model: PreTrainedModel) -> None:
     name = type(model).__name__
     check_kind(model)
     check_states(model.config)
+    if any(isinstance(each, DTensor) or hasattr(each, "ds_id") for each in model.parameters()):
+        raise ValueError(
+            f"{name} has its weights divided among processes, but it must be whole: FSDP and ZeRO-3 divide it when "
+            "training begins, and tp_plan and distributed_config must be left out"
+        )
     config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder, but only decoders can think")

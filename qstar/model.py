@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qstar import adapters, attention, layouts
@@ -168,6 +169,8 @@ class QuietStarModel(_Decoder):
         """The output head, its thought tokens forbidden."""
         config = self.config.get_text_config(decoder=True)
         head = self.get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            head.unshard()  # FSDP gathers what the forward of a module needs, and this one is read without a forward
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
@@ -233,9 +236,10 @@ class QuietStarModel(_Decoder):
         state = dict(self.state_dict() if state_dict is None else state_dict)
         mine = {name: state.pop(name) for name in list(state) if name.startswith(PREFIX)}
         embedding = embedding_rows(self)
+        tied = {name for name, parameter in self.named_parameters(remove_duplicate=False) if parameter is embedding}
         with torch.no_grad():
             for name, tensor in state.items():
-                if tensor.shape == embedding.shape and self.get_parameter(name) is embedding:
+                if name in tied:
                     tensor[self.qstar.start_token_id] = mine["qstar_start"].to(tensor)
                     tensor[self.qstar.end_token_id] = mine["qstar_end"].to(tensor)
         if is_main_process:  # before the base model, which may push the folder to a hub

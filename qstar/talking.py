@@ -211,7 +211,7 @@ def read_batch(
 ) -> Text:
     """A batch as :meth:`qstar.grid.Text.from_inputs` takes it; thought tokens in the text are read, never learned."""
     text = Text.from_inputs(input_ids, attention_mask, labels, position_ids)
-    said = torch.isin(text.targets, model.language_head().forbidden)
+    said = torch.isin(text.targets, model.qstar_forbidden.to(text.targets.device))
     return replace(text, targets=text.targets.masked_fill(said, IGNORED))
 
 

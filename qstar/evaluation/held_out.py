@@ -86,17 +86,22 @@ def evaluate_rows(
     steps = model.qstar.ahead_tokens
     sums = torch.zeros(4, steps, dtype=torch.float64, device=device)
     row_offset = 0
+
+    def add_up(model: QuietStarModel, **batch: Tensor) -> None:
+        nonlocal row_offset
+        text = read_batch(model, **batch)
+        grid = model.grid(text.tokens.shape[1], rationales=1)
+        thoughts = think(model, text, grid, temperature=temperature, seed=seed, row_offset=row_offset)
+        row_offset += text.tokens.numel()
+        spoken = talk(model, text, grid, thoughts)
+        counts = spoken.targets != IGNORED
+        log_base = spoken.log_base[:, grid.ahead_positions(device)]
+        per_step = (counts, log_base * counts, spoken.log_talk[:, :, 0], spoken.weight[:, :, 0] * counts)
+        sums.add_(torch.stack([values.double().sum((0, 1)) for values in per_step]))
+
     with evaluating(model):
-        for batch in batches:
-            text = read_batch(model, **{name: value.to(device) for name, value in batch.items()})
-            grid = model.grid(text.tokens.shape[1], rationales=1)
-            thoughts = think(model, text, grid, temperature=temperature, seed=seed, row_offset=row_offset)
-            row_offset += text.tokens.numel()
-            spoken = talk(model, text, grid, thoughts)
-            counts = spoken.targets != IGNORED
-            log_base = spoken.log_base[:, grid.ahead_positions(device)]
-            per_step = (counts, log_base * counts, spoken.log_talk[:, :, 0], spoken.weight[:, :, 0] * counts)
-            sums += torch.stack([values.double().sum((0, 1)) for values in per_step])
+        for batch in batches:  # through the forward, as in training: there a sharded model gathers its weights
+            model(**{name: value.to(device) for name, value in batch.items()}, objective=add_up)
     counts, base, talked, weight = total(sums).cpu()
     if not counts[0]:
         raise ValueError("dataset holds no token to predict")

@@ -171,7 +171,7 @@ def tried(prepared: Prepared, args: QuietStarArguments, folder: Path) -> DryRun:
     trainer.add_callback(step)
     loss = trainer.train().training_loss
     grid = model.grid(args.seq_length).slots * args.seq_length * args.train_batch_size
-    at_once = min(grid, args.max_grid_tokens or grid)
+    at_once = min(grid, trainer.objective.max_grid_tokens or grid)
     parameters = list(model.parameters())
     model_bytes = saved_bytes(model)
     optimizer = cast(torch.optim.Optimizer, trainer.optimizer)

@@ -37,16 +37,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
 
 
-def training_advice(args: QuietStarArguments, grid: ThoughtGrid) -> str:
+def training_advice(args: QuietStarArguments, grid: ThoughtGrid, at_once: int | None) -> str:
     """What to lower where a training step does not fit: first what leaves every update as it is.
 
     Args:
         args: the settings of the run.
         grid: that of a row.
+        at_once: tokens of a grid that are read at once; None for all.
     """
     rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
     tokens = rows * grid.positions * grid.slots
-    held = min(tokens, args.max_grid_tokens or tokens)
+    held = min(tokens, at_once or tokens)
     same, other = [], []
     if rows > 1:
         fewer = max(part for part in range(1, rows) if rows % part == 0)

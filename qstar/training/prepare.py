@@ -26,6 +26,7 @@ from qstar.data import AnyDataset, read_rows, read_texts
 from qstar.data.load import check_name
 from qstar.model import QuietStarModel
 from qstar.quantized import check_learnable
+from qstar.training.parallelism import reading_whole
 from qstar.training.settings import QuietStarArguments
 from qstar.wrapping import load, wrap
 
@@ -76,7 +77,8 @@ def prepare(
     if eval_dataset is not None:
         held_texts = read_texts(eval_dataset, args.eval_split, args, args.eval_config, "eval_dataset")
     check_quantization(model, args)
-    thinking, tokenizer = open_model(model, tokenizer, thoughts)
+    with reading_whole(args):
+        thinking, tokenizer = open_model(model, tokenizer, thoughts)
     if args.lora:
         thinking.add_adapter(args.lora_config())
     args.check_rate(thinking)

@@ -15,7 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 from qstar.adapters import has_adapters, holds_adapters, load_adapters
 from qstar.model import PREFIX, QuietStarModel
 from qstar.training.checkpoints import begin, checkpoint_to_resume, fault, finish, is_finished, partial, rotate
+from qstar.training.parallelism import check_running
 from qstar.training.settings import QuietStarArguments
+from qstar.training.sharding import keep_losses_exact, load_parts, optimizer_parts, whole, whole_state
 from qstar.training.states import random_state, read_state, set_random_state, write_state
 
 logger = logging.getLogger(__name__)
@@ -35,16 +37,35 @@ class CheckpointTrainer(Trainer):
 
     def __init__(self, model: QuietStarModel, args: QuietStarArguments, **kwargs: Any):
         super().__init__(model, args, **kwargs)
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and args.save_strategy != "no":
+        check_running(args, self.accelerator, model, self.get_tp_size())
+        if self.is_sharded:
+            self._check_shardable(model, args)
+        if self.is_fsdp_enabled:
+            keep_losses_exact(self.accelerator)
+        if self.is_deepspeed_enabled and args.save_strategy != "no":
             raise ValueError(
-                f"save_strategy is {SaveStrategy(args.save_strategy).value!r}, but with sharded training (FSDP, "
-                "DeepSpeed) it must be 'no': such checkpoints could only be read by unpickling"
+                f"save_strategy is {SaveStrategy(args.save_strategy).value!r}, but with DeepSpeed it must be 'no': its "
+                "checkpoints could only be read by unpickling"
+            )
+
+    def _check_shardable(self, model: QuietStarModel, args: QuietStarArguments) -> None:
+        if has_adapters(model):
+            raise ValueError("lora is set, but with FSDP or DeepSpeed it must not be: DDP trains adapters")
+        if args.max_grid_tokens:
+            raise ValueError(
+                f"max_grid_tokens is {args.max_grid_tokens}, but with FSDP or DeepSpeed it must be 0: all processes "
+                "must pass through the model as often, and grids of other sizes have other numbers of parts"
             )
 
     @property
     def thinking_model(self) -> QuietStarModel:
         """The model, without what wraps it for several processes."""
         return cast(QuietStarModel, self.accelerator.unwrap_model(cast(nn.Module, self.model)))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process holds, from the first step on, only a part of weights, gradients or the optimizer."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def train(
         self,
@@ -110,14 +131,25 @@ class CheckpointTrainer(Trainer):
             if best == written or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model as ``save_pretrained`` does; all processes together, of which the first one writes."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = whole(cast(nn.Module, self.model).state_dict(), keep=self.args.should_save)
+        self._save(output_dir, state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # a pickle, which nothing here reads; SETTINGS_FILE has what it says
             (Path(output_dir or self.args.folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = whole_state(cast(Any, self.optimizer), keep=self.args.should_save)
         if self.args.should_save:
-            write_state(cast(Any, self.optimizer).state_dict(), Path(output_dir) / OPTIMIZER)
+            write_state(state, Path(output_dir) / OPTIMIZER)
             write_state(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER)
 
     def _save_scaler(self, output_dir: str) -> None:
@@ -140,6 +172,8 @@ class CheckpointTrainer(Trainer):
             )
         if has_adapters(self.thinking_model):
             load_adapters(self.thinking_model, resume_from_checkpoint)
+        elif self.is_fsdp_enabled:
+            load_parts(self.thinking_model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.thinking_model.load_thoughts(resume_from_checkpoint)
@@ -152,7 +186,8 @@ class CheckpointTrainer(Trainer):
                 f"resume_from_checkpoint is {checkpoint!r}, but it holds no {OPTIMIZER}.json to go on with: it was "
                 "written with save_only_model"
             )
-        cast(Any, self.optimizer).load_state_dict(read_state(Path(checkpoint) / OPTIMIZER))
+        optimizer = cast(Any, self.optimizer)
+        optimizer.load_state_dict(optimizer_parts(read_state(Path(checkpoint) / OPTIMIZER), optimizer))
         cast(Any, self.lr_scheduler).load_state_dict(read_state(Path(checkpoint) / SCHEDULER))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -177,6 +212,8 @@ class CheckpointTrainer(Trainer):
             raise ValueError(f"the best model of the run is that of {best}, but {wrong}")
         if has_adapters(self.thinking_model):
             load_adapters(self.thinking_model, best)
+        elif self.is_fsdp_enabled:
+            load_parts(self.thinking_model, best)
         else:
             super()._load_best_model()
         self.thinking_model.load_thoughts(best)

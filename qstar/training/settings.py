@@ -16,6 +16,7 @@ from qstar.data import DataSettings
 from qstar.learning import BASELINES, Objective
 from qstar.training.finite import POLICIES
 from qstar.training.lora import LoraSettings
+from qstar.training.parallelism import check_launch
 
 _OURS = "the losses and the evaluation are Quiet-STaR's own, which have no use for it"
 IGNORED_ARGUMENTS = {
@@ -34,13 +35,13 @@ IGNORED_ARGUMENTS = {
     "use_liger_kernel": "it replaces the forward in which the model thinks",
 }  # fields of TrainingArguments that would be ignored, or make a result wrong
 UNSAVED_OPTIMIZERS = ("adamw_torch_4bit", "adamw_torch_8bit")  # their states are tensors of a class of torchao's
+GRID_TOKENS = 4096  # a step of a model of 135M parameters then takes 10 GiB, and a GPU has enough to do
 LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "sample_steps": 0,
     "gradient_norm_steps": 0,
-    "max_grid_tokens": 0,
     "seed": 0,
 }
 LESS_IS_BETTER = ("loss", "nll_base", "nll_talk", "perplexity_base", "perplexity_talk")  # of what an evaluation finds
@@ -96,10 +97,11 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
     signed_advantages: bool = setting(False, "Learn from thoughts that did worse than the baseline as well.")
     thought_embedding_lr_factor: float = setting(100.0, "Learning rate of start and end embeddings over learning_rate.")
     mixing_head_lr_factor: float = setting(1.0, "Learning rate of the mixing head over learning_rate.")
-    max_grid_tokens: int = setting(
-        4096,
+    max_grid_tokens: int | None = setting(
+        None,
         "Tokens of the thought grid (rows times text tokens times slots) that are read at once with gradients; a "
-        "larger grid is read in parts, which takes less memory and more time. 0 for no limit.",
+        f"larger grid is read in parts, which takes less memory and more time. {GRID_TOKENS} if not given, but no "
+        "limit where weights are sharded; 0 for no limit.",
     )
     on_nonfinite: str = setting(
         "stop",
@@ -121,6 +123,9 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}, but it must be an integer of at least {least}")
+        limit = self.max_grid_tokens
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+            raise ValueError(f"max_grid_tokens is {limit!r}, but it must be an integer of at least 0, or None")
         for each in fields(self):
             value = getattr(self, each.name)
             if value is None and each.default is None:
@@ -138,6 +143,7 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = _more_is_better(self.metric_for_best_model)
         super().__post_init__()
+        check_launch(self)
         loading = cast(AcceleratorConfig, self.accelerator_config)
         if loading.dispatch_batches is None:
             loading.dispatch_batches = False  # else one process cuts the batches of all, which must be of one length
@@ -148,8 +154,8 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
                 raise ValueError(f"{name} is {value!r}, but it must be left alone: {why}")
         if self.optim in UNSAVED_OPTIMIZERS and self.save_strategy != "no" and not self.save_only_model:
             raise ValueError(
-                f"optim is {OptimizerNames(self.optim).value!r}, whose states no checkpoint can hold: adamw_bnb_8bit has some "
-                "that it can; or set save_only_model=True, or save_strategy='no'"
+                f"optim is {OptimizerNames(self.optim).value!r}, whose states no checkpoint can hold: adamw_bnb_8bit "
+                "has some that it can; or set save_only_model=True, or save_strategy='no'"
             )
         if self.on_nonfinite not in POLICIES:
             raise ValueError(f"on_nonfinite is {self.on_nonfinite!r}, but it must be one of {', '.join(POLICIES)}")
@@ -177,5 +183,5 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
             reinforce_temperature=self.reinforce_temperature,
             baseline=self.baseline,
             signed=self.signed_advantages,
-            max_grid_tokens=self.max_grid_tokens or None,
+            max_grid_tokens=(GRID_TOKENS if self.max_grid_tokens is None else self.max_grid_tokens) or None,
         )

@@ -33,6 +33,7 @@ from qstar.training.hub import push_checkpoint
 from qstar.training.memory import evaluation_advice, explained, training_advice
 from qstar.training.saving import CheckpointTrainer
 from qstar.training.settings import QuietStarArguments
+from qstar.training.sharding import in_step
 from qstar.training.thought_statistics import ThoughtStatistics
 from qstar.training.thought_table import score, thought_rows, write_table
 
@@ -86,6 +87,8 @@ class QuietStarTrainer(CheckpointTrainer):
             self.add_callback(ProgressLine)
         self.add_callback(CollapseWarning)
         self.objective: Objective = args.objective()
+        if self.is_sharded:
+            self.objective = replace(self.objective, max_grid_tokens=None)
         self._update: dict[str, Tensor] = {}  # values of the update at hand
         self._thoughts: list[tuple[Tensor, Tensor]] = []  # of its batches, and where they are about text
         self._sample: dict[str, Tensor] = {}  # a text of it and the thoughts about it, where they are to be shown
@@ -106,7 +109,8 @@ class QuietStarTrainer(CheckpointTrainer):
         """
         thoughts = self.thinking_model.qstar
         sizes = {name: getattr(thoughts, name) for name in SIZES}
-        with explained(lambda: training_advice(self.args, ThoughtGrid(self.args.seq_length, **sizes))):
+        grid, at_once = ThoughtGrid(self.args.seq_length, **sizes), self.objective.max_grid_tokens
+        with explained(lambda: training_advice(self.args, grid, at_once)):
             return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -217,7 +221,8 @@ class QuietStarTrainer(CheckpointTrainer):
     def _can_differentiate_twice(self) -> bool:
         options = cast(dict[str, Any], self.args.gradient_checkpointing_kwargs or {})
         reentrant = options.get("use_reentrant", False)
-        return self.args.world_size == 1 and not (self.args.gradient_checkpointing and reentrant)
+        whole = self.args.world_size == 1 and not self.is_sharded
+        return whole and not (self.args.gradient_checkpointing and reentrant)
 
     def _objective_for(self, input_ids: Tensor) -> Objective:
         """The objective with a seed for this step, and row numbers that no other batch of the step has."""
@@ -354,6 +359,8 @@ class QuietStarTrainer(CheckpointTrainer):
             every = [self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in dataset.items()]
             return {name: value for metrics in every for name, value in metrics.items()}
         batches = self.get_eval_dataloader(eval_dataset)
+        if self.is_sharded:
+            batches = in_step(batches, self.accelerator)
         with explained(lambda: evaluation_advice(self.args)), self.accelerator.autocast():
             result = evaluate_rows(self.thinking_model, batches, total=cast(Any, self.accelerator.reduce))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.summary().items()}

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import time
-
 import pytest
 import tiny
 import torch
 from datasets import IterableDataset
+from on_processes import RANKS, free_port, leave, meet, on_every_rank
 from tiny_runs import unequal_rows
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from qstar.learning import Objective
@@ -19,7 +16,7 @@ from qstar.training.settings import QuietStarArguments
 from qstar.training.thought_statistics import COLLAPSED
 from qstar.training.trainer import QuietStarTrainer
 
-ROWS, LENGTH, RANKS = 4, 7, 2
+ROWS, LENGTH = 4, 7
 LOGGED = ("eval_tokens", "eval_nll_talk", *COLLAPSED)
 
 
@@ -29,23 +26,6 @@ def step(model, tokens, row_offset: int = 0):
     output.loss.backward()
     gradients = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
     return output.thoughts, gradients
-
-
-def leave() -> None:
-    """End this process at once: gloo's destructor may wait for a thread that waits for Python's lock."""
-    distributed.barrier()
-    os._exit(0)
-
-
-def on_every_rank(worker, *arguments: object) -> None:
-    """Run ``worker(rank, *arguments)`` in processes of their own, for five minutes at most."""
-    context = multiprocessing.spawn(worker, arguments, RANKS, join=False)
-    deadline = time.monotonic() + 300
-    while not context.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the processes did not end")
 
 
 def trained(folder: str, world_size: int, streamed: bool, at_once: int = 0) -> dict[str, torch.Tensor]:
@@ -67,9 +47,7 @@ def trained(folder: str, world_size: int, streamed: bool, at_once: int = 0) -> d
 
 
 def train_elsewhere(rank: int, port: int, results: str, streamed: bool, at_once: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    meet(rank, port)
     torch.save(trained(f"{results}/run", RANKS, streamed, at_once), f"{results}/{rank}.pt")
     assert distributed.get_world_size() == RANKS
     leave()
@@ -80,10 +58,7 @@ def train_elsewhere(rank: int, port: int, results: str, streamed: bool, at_once:
 @pytest.mark.parametrize(("streamed", "at_once"), [(False, 0), (True, 0), (False, 50)], ids=["rows", "stream", "parts"])
 def test_the_trainer_makes_the_same_updates_on_two_processes(streamed, at_once, tmp_path):
     """Though one of them learns from other numbers of tokens than the other, and from grids in more parts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    on_every_rank(train_elsewhere, port, str(tmp_path), streamed, at_once)
+    on_every_rank(train_elsewhere, free_port(), str(tmp_path), streamed, at_once)
     whole = trained(str(tmp_path / "alone"), 1, streamed)
     start = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2).state_dict()
     for rank in range(RANKS):
@@ -128,9 +103,7 @@ class SpoiledElsewhere(QuietStarTrainer):
 
 
 def train_until_it_is_spoiled(rank: int, port: int, results: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    meet(rank, port)
     quiet = dict(report_to="none", disable_tqdm=True, sample_steps=1, gradient_norm_steps=0, use_cpu=True)
     options = quiet | dict(per_device_train_batch_size=2, warmup_steps=0, learning_rate=1e-2, save_strategy="no")
     found: dict[str, object] = {}
@@ -151,10 +124,7 @@ def train_until_it_is_spoiled(rank: int, port: int, results: str) -> None:
 @pytest.mark.slow
 def test_two_processes_agree_on_an_update_that_is_not_finite_for_one_of_them(tmp_path):
     """Both stop, and say the same, or both skip it: the weights are those of the first update. One shows thoughts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    on_every_rank(train_until_it_is_spoiled, port, str(tmp_path))
+    on_every_rank(train_until_it_is_spoiled, free_port(), str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     start = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2).state_dict()
     for found in ranks:

@@ -54,7 +54,8 @@ def fails(error):
     ],
 )
 def test_what_makes_the_same_updates_is_told_first(settings, same):
-    assert training_advice(arguments(**settings), GRID) == (
+    args = arguments(**settings)
+    assert training_advice(args, GRID, args.objective().max_grid_tokens) == (
         f"a training step does not fit in memory. These make the same updates: {same} "
         "These make others: bf16=True; rationales=1 (now 2); seq_length=128 (now 256)."
     )
@@ -64,13 +65,13 @@ def test_what_makes_the_same_updates_is_told_first(settings, same):
 def test_an_update_keeps_its_number_of_rows(rows, steps, fewer, more):
     settings = dict(per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
     expected = f"per_device_train_batch_size={fewer} with gradient_accumulation_steps={more} (now {rows} and {steps})"
-    assert expected in training_advice(arguments(**settings), GRID)
+    assert expected in training_advice(arguments(**settings), GRID, None)
 
 
 def test_what_cannot_be_lowered_is_not_told():
     least = ThoughtGrid(2, rationales=1, thought_tokens=1, ahead_tokens=1)
     settings = dict(per_device_train_batch_size=1, gradient_checkpointing=True, bf16=True, seq_length=2)
-    assert training_advice(arguments(**settings), least) == (
+    assert training_advice(arguments(**settings), least, None) == (
         "a training step does not fit in memory. These make the same updates: max_grid_tokens=4 (a pass holds 8 tokens "
         "of text and thoughts)."
     )
@@ -89,7 +90,7 @@ def test_the_advice_halves_the_memory_of_a_step_and_makes_the_same_updates(tmp_p
     """By its own words, applied as settings."""
     options = dict(batch_size=4, max_steps=2, max_grad_norm=0.0, optim="sgd", learning_rate=0.1)
     whole = tiny_train(tmp_path / "whole", **options).model.state_dict()
-    advice = training_advice(arguments(per_device_train_batch_size=4), GRID)
+    advice = training_advice(arguments(per_device_train_batch_size=4), GRID, None)
     rows, steps = map(int, re.search(r"batch_size=(\d+) with gradient_accumulation_steps=(\d+)", advice).groups())
     assert (rows, steps) == (2, 2)
     split = tiny_train(tmp_path / "split", **options | dict(batch_size=rows, gradient_accumulation_steps=steps))
