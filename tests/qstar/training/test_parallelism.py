@@ -8,9 +8,11 @@ import pytest
 import tiny
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
+from peft import LoraConfig
 from tiny_runs import QUIET, tiny_train, unequal_rows
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed
 
 from qstar.training.parallelism import check_running, reading_whole
@@ -147,8 +149,11 @@ def test_what_sharded_weights_cannot_do_is_refused(tmp_path, monkeypatch):
         ValueError, match="max_grid_tokens is 64, but with FSDP or DeepSpeed it must be 0: all processes"
     ):
         tiny_train(tmp_path / "parts", max_grid_tokens=64)
+    tiny.plain_model("llama").save_pretrained(tmp_path / "base")
+    adapted = wrap(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tiny.tokenizer())
+    adapted.add_adapter(LoraConfig())
     with pytest.raises(ValueError, match="lora is set, but with FSDP or DeepSpeed it must not be: DDP trains adapters"):
-        tiny_train(tmp_path / "lora", lora=True)
+        tiny_train(tmp_path / "lora", model=adapted)
     args = QuietStarArguments(str(tmp_path), use_cpu=True, report_to="none")
     trainer = QuietStarTrainer(tiny.thinking_model(), args, train_dataset=[])
     assert trainer.objective.max_grid_tokens is None and args.objective().max_grid_tokens == 4096
