@@ -72,12 +72,6 @@ class ThoughtGrid:
         """Of ``values`` ``[B, N*C]`` the thoughts' at the positions ``here``, ``[B, n*r*T]``."""
         return rearrange(values, "b (n c) -> b n c", c=self.slots)[:, here, 1:].flatten(1)
 
-    def split_part(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The policy and talk of :meth:`split`, of the hidden states ``[B, n*r*T, E]`` of a :meth:`part`."""
-        shape = dict(r=self.rationales, t=self.rationale_length)
-        rationales = rearrange(hidden, "b (n r t) e -> b n r t e", **shape)
-        return rationales[:, :, :, : self.thought_tokens], rationales[:, :, :, self.thought_tokens + 1 :]
-
     def split(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states ``[B, N*C, E]`` as views by role: text, policy, talk.
 
@@ -87,7 +81,8 @@ class ThoughtGrid:
             talk ``[B, N, r, m, E]``: predicts text token ``i + k + 1`` after the thought.
         """
         grid = rearrange(hidden, "b (n c) e -> b n c e", c=self.slots)
-        return grid[:, :, 0], *self.split_part(grid[:, :, 1:].flatten(1, 2))
+        rationales = rearrange(grid[:, :, 1:], "b n (r t) e -> b n r t e", r=self.rationales)
+        return grid[:, :, 0], rationales[:, :, :, : self.thought_tokens], rationales[:, :, :, self.thought_tokens + 1 :]
 
 
 @dataclass(frozen=True)

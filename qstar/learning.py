@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
-from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from qstar.grid import IGNORED, Counts, Text, ThoughtGrid
+from qstar.grid import IGNORED, Counts, ThoughtGrid
 from qstar.model import QuietStarModel
-from qstar.talking import Talk, read_base, read_batch, talk, talk_part
+from qstar.talking import Talk, read_batch, talk
 from qstar.thinking import think
 
 UNSET = cast(Tensor, None)  # ModelOutput wants None as the default of its fields
@@ -48,26 +47,6 @@ class QuietStarOutput(ModelOutput):
     rewarded: Tensor = UNSET
     mixing_weight: Tensor = UNSET
     thoughts: Tensor = UNSET
-
-
-class Learned(NamedTuple):
-    """What the thoughts at some positions give.
-
-    Attributes:
-        likelihood_loss: their part of it, ``[]``, with gradients.
-        policy_loss: their part of it, ``[]``, with gradients.
-        log_talk: as of :class:`qstar.talking.Talk`, ``[B, n, r, m]``.
-        weight: likewise.
-        counted: whether a talk step counts, ``[B, n, m]`` bool.
-        advantage: of each thought, 0 where it does not count, ``[B, n, r]``.
-    """
-
-    likelihood_loss: Tensor
-    policy_loss: Tensor
-    log_talk: Tensor
-    weight: Tensor
-    counted: Tensor
-    advantage: Tensor
 
 
 def advantages(scores: Tensor, base_scores: Tensor, baseline: str) -> Tensor:
@@ -103,9 +82,8 @@ class Objective:
         row_offset: rows (batch, position, rationale) that other processes or batches have before these.
         counts: what the means are taken over, where a batch is a part of a larger one whose parts add up: over this
             batch by default.
-        max_grid_tokens: tokens of a grid that the model reads at once, with gradients. A larger grid ``B*N*C`` is read
-            in parts: the text, then the thoughts at some positions after the other, each computed once more for its
-            gradient, so that memory holds the text and one part. The losses and gradients are the same. None: no limit.
+        max_grid_tokens: tokens of a grid that the model reads at once, see :func:`qstar.talking.read_grid`: the same
+            losses and gradients in less memory. None: all.
     """
 
     policy_weight: float = 1.0
@@ -147,71 +125,34 @@ class Objective:
                 model, text, grid, temperature=self.temperature, seed=self.seed, row_offset=self.row_offset
             )
         counts = text.counts(grid) if self.counts is None else self.counts
-        read = self.read_at_once if self.fits(input_ids.numel() * grid.slots) else self.read_in_parts
-        base_loss, log_base, learned = read(model, text, grid, thoughts, counts)
-        likelihood_loss = base_loss + torch.stack([each.likelihood_loss for each in learned]).sum()
-        policy_loss = torch.stack([each.policy_loss for each in learned]).sum()
-        log_talk, weight, counted, advantage = (
-            torch.cat(values, dim=1)
-            for values in zip(*((x.log_talk, x.weight, x.counted, x.advantage) for x in learned), strict=True)
-        )
+        spoken = talk(model, text, grid, thoughts, counts, self.max_grid_tokens)
+        counted = spoken.targets != IGNORED
+        whole = counted.all(-1)
+        with record_function("qstar::learn"):
+            advantage = self.advantage(spoken, grid) * whole[..., None]
+            policy_loss = self.policy_loss(model, spoken.policy, thoughts, advantage, whole)
         return QuietStarOutput(
-            loss=likelihood_loss + self.policy_weight * policy_loss,
-            likelihood_loss=likelihood_loss,
+            loss=spoken.loss + self.policy_weight * policy_loss,
+            likelihood_loss=spoken.loss,
             policy_loss=policy_loss,
-            nll_base=-mean(log_base, counts.text),
-            nll_talk=-(log_talk.mean(2).sum((0, 1)) / counts.ahead.clamp(min=1)).mean(),
+            nll_base=-mean(spoken.log_base, counts.text),
+            nll_talk=-(spoken.log_talk.mean(2).sum((0, 1)) / counts.ahead.clamp(min=1)).mean(),
             reward=mean(advantage.mean(-1), counts.whole),
             rewarded=mean((advantage != 0).float().mean(-1), counts.whole),
-            mixing_weight=mean(weight.mean(2) * counted, counts.ahead.sum()),
+            mixing_weight=mean(spoken.weight.mean(2) * counted, counts.ahead.sum()),
             thoughts=thoughts,
         )
 
-    def fits(self, tokens: int) -> bool:
-        """Whether the model may read a grid of so many tokens at once."""
-        return self.max_grid_tokens is None or tokens <= self.max_grid_tokens
-
-    def read_at_once(
-        self, model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, counts: Counts
-    ) -> tuple[float, Tensor, list[Learned]]:
-        """All losses from one packed pass, log-probabilities of the text without thoughts ``[B, N]``, and the rest."""
-        spoken = talk(model, text, grid, thoughts, counts)
-        return 0.0, spoken.log_base, [self.learn(model, spoken, thoughts, counts)]
-
-    def read_in_parts(
-        self, model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, counts: Counts
-    ) -> tuple[Tensor, Tensor, list[Learned]]:
-        """The same from the text and then parts of the grid; the loss of the text comes first."""
-        assert self.max_grid_tokens is not None  # else the grid fits
-        base = read_base(model, text, grid, counts)
-
-        def read_part(start: int) -> Learned:
-            here = slice(start, min(start + size, grid.positions))
-            spoken = talk_part(model, text, grid, thoughts, counts, base, here)
-            return self.learn(model, spoken, thoughts[:, here], counts)
-
-        size = max(self.max_grid_tokens // (len(text.tokens) * (grid.slots - 1)), 1)
-        starts = range(0, grid.positions, size)
-        return base.loss, base.log_base, [checkpoint(read_part, start, use_reentrant=False) for start in starts]
-
-    def learn(self, model: QuietStarModel, spoken: Talk, thoughts: Tensor, counts: Counts) -> Learned:
-        """Reward the thoughts ``[B, N, r, K]`` that were spoken, all of a grid or a part of it."""
-        counted = spoken.targets != IGNORED
-        with record_function("qstar::learn"):
-            advantage = self.advantage(spoken) * counted.all(-1)[..., None]
-            policy_loss = self.policy_loss(model, spoken.policy, thoughts, advantage, counts.whole)
-        return Learned(spoken.loss, policy_loss, spoken.log_talk, spoken.weight, counted, advantage)
-
-    def advantage(self, spoken: Talk) -> Tensor:
+    def advantage(self, spoken: Talk, grid: ThoughtGrid) -> Tensor:
         """The detached advantages ``[B, N, r]`` of the thoughts; clamped at 0 unless signed."""
-        log_base = spoken.log_base[:, spoken.ahead]
+        log_base = spoken.log_base[:, grid.ahead_positions(spoken.log_base.device)]
         # A thought of weight 0 changed nothing; rounding in a product over other rows must not reward it.
         log_talk = torch.where(spoken.weight == 0, log_base[:, :, None], spoken.log_talk)
         advantage = advantages(log_talk.sum(-1), log_base.sum(-1), self.baseline)
         return advantage if self.signed else advantage.clamp(min=0)
 
     def policy_loss(
-        self, model: QuietStarModel, policy: Tensor, thoughts: Tensor, advantage: Tensor, positions: Tensor
+        self, model: QuietStarModel, policy: Tensor, thoughts: Tensor, advantage: Tensor, whole: Tensor
     ) -> Tensor:
         """REINFORCE over the sampled tokens; only thoughts whose advantage is not 0 meet the head.
 
@@ -220,10 +161,11 @@ class Objective:
             policy: states that predict the sampled tokens, ``[B, N, r, K, E]``.
             thoughts: the sampled tokens, ``[B, N, r, K]``.
             advantage: ``[B, N, r]``, 0 where a thought does not count.
-            positions: how many have ``m`` targets that count, ``[]``.
+            whole: positions all of whose ``m`` targets count, ``[B, N]``.
         """
         counted = advantage.nonzero(as_tuple=True)
         length = thoughts.shape[-1]
+        positions = whole.sum() if self.counts is None else self.counts.whole
         share = advantage[counted] / (positions * thoughts.shape[2] * length).clamp(min=1)
         head = model.language_head()
         total, _ = head.log_prob_sum(

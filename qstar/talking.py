@@ -1,19 +1,18 @@
 """Talk, the second of the paper's three steps: predict the text after a thought, mixed with the prediction without.
 
-In training all text and all thoughts are one packed pass (:func:`talk`), or the text is one and the thoughts at some of
-its positions are another (:func:`read_base`, :func:`talk_part`); where a model answers, a thought is read token by
-token into the cache of the text (:func:`speak`). ``learning.py`` goes on from here.
+In training all text and all thoughts are one packed pass, or some (:func:`read_grid`); where a model answers, a thought
+is read token by token into the cache of the text (:func:`speak`). ``learning.py`` goes on from here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.profiler import record_function
+from torch.utils.checkpoint import checkpoint
 
 from qstar.cache import KeptText
 from qstar.grid import IGNORED, Counts, Text, ThoughtGrid
@@ -27,10 +26,8 @@ class Talk:
     """Log-probabilities of the text, fp32 nats; 0 where there is nothing to predict.
 
     Attributes:
-        loss: ``(NLL_base + NLL_talk) / 2``, of a part its share of ``NLL_talk / 2``; of all this it alone and
-            ``policy`` carry gradients.
-        log_base: without thoughts, ``[B, N]``; all of it in a part as well.
-        ahead: the text position that each talk step stands at, ``[N, m]`` int64.
+        loss: ``(NLL_base + NLL_talk) / 2``; of all this it alone and ``policy`` carry gradients.
+        log_base: without thoughts, ``[B, N]``.
         log_talk: of ``x_{i+k+1}`` after the thought at ``i``, ``[B, N, r, m]``.
         weight: of the thought in the mix, ``[B, N, r, m]``.
         targets: what ``log_talk`` scores, ``[B, N, m]`` int64, ``IGNORED`` where nothing.
@@ -39,22 +36,49 @@ class Talk:
 
     loss: Tensor
     log_base: Tensor
-    ahead: Tensor
     log_talk: Tensor
     weight: Tensor
     targets: Tensor
     policy: Tensor
 
 
-def read_grid(model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor) -> Tensor:
-    """One packed pass over text and thoughts: hidden states ``[B, N*C, E]`` from thoughts ``[B, N, r, K]``."""
+def read_grid(
+    model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, max_tokens: int | None = None
+) -> Tensor:
+    """Hidden states ``[B, N*C, E]`` of text and thoughts ``[B, N, r, K]``.
+
+    All in one packed pass, unless it has more than ``max_tokens`` tokens: then the text is read by itself, and the
+    thoughts at some positions after the other. Their activations do not stay: each part is computed once more for its
+    gradients, so that memory holds the text's and those of one part.
+    """
     model.check_rotary_factors(text.positions, grid.rationale_length)
     tokens = grid.tokens(text.tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
-    return model.read(tokens, grid.position_ids(text.positions), Packed(grid.slots, grid.rationales, start=text.start))
+    positions = grid.position_ids(text.positions)
+    if max_tokens is None or tokens.numel() <= max_tokens:
+        return model.read(tokens, positions, Packed(grid.slots, grid.rationales, start=text.start))
+    kept = KeptText()
+    base = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start, cache=kept))
+
+    def read_part(start: int) -> Tensor:
+        here = slice(start, min(start + size, grid.positions))
+        layout = Part(kept, here.stop, grid.rationales, grid.rationale_length, start=text.start)
+        return model.read(grid.part(tokens, here), grid.part(positions, here), layout)
+
+    size = max(max_tokens // (len(tokens) * (grid.slots - 1)), 1)
+    parts = [checkpoint(read_part, start, use_reentrant=False) for start in range(0, grid.positions, size)]
+    after = rearrange(torch.cat(parts, dim=1), "b (n s) e -> b n s e", n=grid.positions)
+    return torch.cat([base[:, :, None], after], dim=2).flatten(1, 2)
 
 
-def talk(model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, counts: Counts | None = None) -> Talk:
-    """Score the text with and without thoughts, in one packed pass (paper, section 4.3).
+def talk(
+    model: QuietStarModel,
+    text: Text,
+    grid: ThoughtGrid,
+    thoughts: Tensor,
+    counts: Counts | None = None,
+    max_grid_tokens: int | None = None,
+) -> Talk:
+    """Score the text with and without thoughts (paper, section 4.3).
 
     Args:
         model: the model.
@@ -62,112 +86,34 @@ def talk(model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor,
         grid: how many rationales of how many tokens.
         thoughts: the thoughts to read, ``[B, N, r, K]`` int64.
         counts: what the means of the loss are taken over; over this batch by default.
+        max_grid_tokens: how much is read at once, see :func:`read_grid`; all by default.
     """
     counts = text.counts(grid) if counts is None else counts
     with record_function("qstar::talk"):
-        base, policy, after = grid.split(read_grid(model, text, grid, thoughts))
-        rows = TalkRows.of(text, grid, counts)
-        mixed, weight = rows.mix(model, base, after)
-        base = base.flatten(0, 1)
+        base, policy, after = grid.split(read_grid(model, text, grid, thoughts, max_grid_tokens))
+        batch, positions = text.tokens.shape
+        targets = text.talk_targets(grid)
+
+        row = torch.arange(batch, device=base.device)[:, None, None] * positions
+        base_index = repeat(row + grid.ahead_positions(base.device), "b n m -> b n r m", r=grid.rationales)
+        base = rearrange(base, "b n e -> (b n) e")
+        mixed, weight = model.mix(base, after.flatten(0, 3), base_index.flatten())
+        talk_targets = repeat(targets, "b n m -> b n r m", r=grid.rationales)
+        talk_counts = counts.ahead * grid.rationales * grid.ahead_tokens
         total, log_prob = model.language_head().log_prob_sum(
             torch.cat([base.to(mixed.dtype), mixed]),
-            torch.cat([text.targets.flatten(), rows.targets]),
-            torch.cat([shares(text.targets, counts.text).flatten(), rows.shares]),
+            torch.cat([text.targets.flatten(), talk_targets.flatten()]),
+            torch.cat([shares(text.targets, counts.text).flatten(), shares(talk_targets, talk_counts).flatten()]),
         )
         log_base, log_talk = log_prob.split([len(base), len(mixed)])
-    return rows.talk(-total / 2, log_base.view(text.tokens.shape), log_talk, weight, policy)
-
-
-class TalkRows(NamedTuple):
-    """What the states after thoughts are scored on, a row for each talk step of each thought: (b, n, r, m) in order.
-
-    Attributes:
-        grid: the thought grid.
-        ahead: the text position that each step stands at, ``[N, m]`` int64; of the positions of a part.
-        at_positions: what each step at a position must predict, ``[B, N, m]`` int64.
-        targets: the same of each row, ``[R]``.
-        shares: the weight of each row in the mean over the talk steps, ``[R]``.
-    """
-
-    grid: ThoughtGrid
-    ahead: Tensor
-    at_positions: Tensor
-    targets: Tensor
-    shares: Tensor
-
-    @classmethod
-    def of(cls, text: Text, grid: ThoughtGrid, counts: Counts, here: slice = slice(None)) -> TalkRows:
-        """The rows of the positions ``here`` of a text, all by default."""
-        at_positions = text.talk_targets(grid)[:, here]
-        targets = repeat(at_positions, "b n m -> b n r m", r=grid.rationales)
-        weights = shares(targets, counts.ahead * grid.rationales * grid.ahead_tokens)
-        ahead = grid.ahead_positions(targets.device)[here]
-        return cls(grid, ahead, at_positions, targets.flatten(), weights.flatten())
-
-    def mix(self, model: QuietStarModel, base: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed states ``[R, E]`` and weights ``[R]`` from base ``[B, N, E]`` and after ``[B, n, r, m, E]``."""
-        first = torch.arange(base.shape[0], device=base.device)[:, None, None] * base.shape[1]
-        index = repeat(first + self.ahead, "b n m -> b n r m", r=self.grid.rationales)
-        return model.mix(base.flatten(0, 1), after.flatten(0, 3), index.flatten())
-
-    def talk(self, loss: Tensor, log_base: Tensor, log_talk: Tensor, weight: Tensor, policy: Tensor) -> Talk:
-        """What was found of the rows."""
-        shape = *self.at_positions.shape[:2], self.grid.rationales, self.grid.ahead_tokens
-        log_talk, weight = log_talk.view(shape), weight.detach().view(shape)
-        return Talk(loss, log_base, self.ahead, log_talk, weight, self.at_positions, policy)
-
-
-class Base(NamedTuple):
-    """A text that was read without thoughts, and scored.
-
-    Attributes:
-        hidden: states that predict the next token, ``[B, N, E]``, with gradients.
-        kept: keys and values, for the thoughts about it, with gradients.
-        loss: ``NLL_base / 2``, with gradients.
-        log_base: ``[B, N]``, as of :class:`Talk`.
-    """
-
-    hidden: Tensor
-    kept: KeptText
-    loss: Tensor
-    log_base: Tensor
-
-
-def read_base(model: QuietStarModel, text: Text, grid: ThoughtGrid, counts: Counts) -> Base:
-    """Read a text, whose grid is then read in parts (:func:`talk_part`), and score it."""
-    model.check_rotary_factors(text.positions, grid.rationale_length)
-    with record_function("qstar::talk"):
-        kept = KeptText()
-        hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start, cache=kept))
-        total, log_base = model.language_head().log_prob_sum(
-            hidden.flatten(0, 1), text.targets.flatten(), shares(text.targets, counts.text).flatten()
-        )
-    return Base(hidden, kept, -total / 2, log_base.view(text.tokens.shape))
-
-
-def talk_part(
-    model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, counts: Counts, base: Base, here: slice
-) -> Talk:
-    """As :func:`talk`, for the thoughts at the positions ``here``; the losses of all parts and of the base add up.
-
-    Args:
-        model: the model.
-        text: the whole text, ``[B, N]``.
-        grid: the whole grid.
-        thoughts: all thoughts, ``[B, N, r, K]`` int64.
-        counts: what the means of the loss are taken over.
-        base: from :func:`read_base` with the same model, text and grid.
-        here: neighbouring positions, with a start and a stop.
-    """
-    with record_function("qstar::talk"):
-        tokens = grid.tokens(text.tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
-        layout = Part(base.kept, here.stop, grid.rationales, grid.rationale_length, start=text.start)
-        positions = grid.position_ids(text.positions)
-        policy, after = grid.split_part(model.read(grid.part(tokens, here), grid.part(positions, here), layout))
-        rows = TalkRows.of(text, grid, counts, here)
-        mixed, weight = rows.mix(model, base.hidden, after)
-        total, log_talk = model.language_head().log_prob_sum(mixed, rows.targets, rows.shares)
-    return rows.talk(-total / 2, base.log_base, log_talk, weight, policy)
+    return Talk(
+        loss=-total / 2,
+        log_base=log_base.view(batch, positions),
+        log_talk=log_talk.view_as(base_index),
+        weight=weight.detach().view_as(base_index),
+        targets=targets,
+        policy=policy,
+    )
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ def in_parts_or_refused(model: QuietStarModel, thoughts: torch.Tensor, tokens: i
 
         return checkpoint(call, *given, use_reentrant=use_reentrant)
 
-    with mock.patch("qstar.learning.checkpoint", doubled):
+    with mock.patch("qstar.talking.checkpoint", doubled):
         why = IN_ONE_PART.get(model.config.model_type)
         if why is None:
             return scored(model, thoughts, tokens)

@@ -34,9 +34,9 @@ def llama_135m():
 
 
 class WatchedObjective(Objective):
-    def policy_loss(self, model, policy, thoughts, advantage, positions):
+    def policy_loss(self, model, policy, thoughts, advantage, whole):
         self.learned = int((advantage != 0).sum())
-        return super().policy_loss(model, policy, thoughts, advantage, positions)
+        return super().policy_loss(model, policy, thoughts, advantage, whole)
 
 
 def rows_of_products(watch: StorageWatch, width: int, vocabulary: int) -> dict[str, list[int]]:

@@ -42,7 +42,7 @@ def test_rewards_in_bfloat16_autocast_are_those_of_float32():
     text, grid = Text.from_inputs(tiny.text(4, 24)), model.grid(24)
     thoughts = tiny.random_thoughts(model, 4, 24)
     objective = Objective(signed=True)
-    exact = objective.advantage(talk(model, text, grid, thoughts))
+    exact = objective.advantage(talk(model, text, grid, thoughts), grid)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = objective.advantage(talk(model, text, grid, thoughts))
+        rounded = objective.advantage(talk(model, text, grid, thoughts), grid)
     assert float(torch.corrcoef(torch.stack([exact.flatten(), rounded.flatten()]))[0, 1]) > 0.99

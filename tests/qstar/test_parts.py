@@ -9,7 +9,7 @@ from qstar.cache import KeptText
 from qstar.grid import Text, ThoughtGrid
 from qstar.layouts import Packed
 from qstar.learning import Objective, QuietStarOutput
-from qstar.talking import read_base, talk, talk_part
+from qstar.talking import read_grid
 
 SIZES = dict(thought_tokens=3, ahead_tokens=2, rationales=2)
 POSITIONS, SLOTS = 13, 1 + 2 * 6
@@ -58,25 +58,19 @@ def test_parts_have_the_values_and_gradients_of_the_packed_pass(family, checkpoi
 
 
 def test_a_grid_within_the_limit_is_packed(monkeypatch):
-    monkeypatch.setattr("qstar.learning.talk_part", None)
+    monkeypatch.setattr("qstar.talking.KeptText", None)
     model = thinking_model()
     learned(model, max_grid_tokens=3 * POSITIONS * SLOTS)
     with pytest.raises(TypeError, match="not callable"):
         learned(model, max_grid_tokens=3 * POSITIONS * SLOTS - 1)
 
 
-def test_a_part_speaks_as_the_packed_pass_does():
+@torch.no_grad()
+def test_states_of_parts_are_those_of_the_packed_pass():
     model, text, grid = thinking_model(), Text.from_inputs(**batch()), ThoughtGrid(POSITIONS, 2, 3, 2)
-    thoughts, counts = tiny.random_thoughts(model, 3, POSITIONS), text.counts(grid)
-    packed = talk(model, text, grid, thoughts)
-    base = read_base(model, text, grid, counts)
-    parts = [talk_part(model, text, grid, thoughts, counts, base, slice(a, b)) for a, b in ((0, 5), (5, 13))]
-    torch.testing.assert_close(base.log_base, packed.log_base, rtol=0, atol=1e-12)
-    torch.testing.assert_close(base.loss + parts[0].loss + parts[1].loss, packed.loss, rtol=0, atol=1e-12)
-    for name in ("ahead", "log_talk", "weight", "targets", "policy"):
-        dim = 0 if name == "ahead" else 1
-        found = torch.cat([getattr(part, name) for part in parts], dim=dim)
-        torch.testing.assert_close(found, getattr(packed, name), rtol=0, atol=1e-12)
+    thoughts = tiny.random_thoughts(model, 3, POSITIONS)
+    packed, parts = (read_grid(model, text, grid, thoughts, limit) for limit in (None, 3 * 12 * 5))
+    torch.testing.assert_close(parts, packed, rtol=0, atol=1e-12)
 
 
 def test_parts_under_autocast_round_no_more_than_the_packed_pass():

@@ -35,13 +35,13 @@ class OurRules(Objective):
 
     columns = case.POSITIONS - case.AHEAD_TOKENS
 
-    def advantage(self, spoken):
-        self.spoken, self.base_index = spoken, spoken.ahead
-        return super().advantage(spoken)
+    def advantage(self, spoken, grid):
+        self.spoken, self.base_index = spoken, grid.ahead_positions(torch.device("cpu"))
+        return super().advantage(spoken, grid)
 
-    def policy_loss(self, model, policy, thoughts, advantage, positions):
+    def policy_loss(self, model, policy, thoughts, advantage, whole):
         self.counted = advantage
-        return super().policy_loss(model, policy, thoughts, advantage, positions)
+        return super().policy_loss(model, policy, thoughts, advantage, whole)
 
 
 class TheirRules(OurRules):
@@ -54,14 +54,14 @@ class TheirRules(OurRules):
         model.qstar_forbidden = self.forbidden[:0]
         return super().__call__(model, *args, **kwargs)
 
-    def advantage(self, spoken):
-        self.uncounted = super().advantage(spoken)
+    def advantage(self, spoken, grid):
+        self.uncounted = super().advantage(spoken, grid)
         return self.uncounted
 
-    def policy_loss(self, model, policy, thoughts, advantage, positions):
+    def policy_loss(self, model, policy, thoughts, advantage, whole):
         model.qstar_forbidden = self.forbidden  # in sampling they are forbidden
-        whole = (torch.arange(case.POSITIONS) < self.columns).expand_as(thoughts[..., 0, 0])
-        return super().policy_loss(model, policy, thoughts, self.uncounted * whole[..., None], whole.sum())
+        whole = (torch.arange(case.POSITIONS) < self.columns).expand_as(whole)
+        return super().policy_loss(model, policy, thoughts, self.uncounted * whole[..., None], whole)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
