@@ -101,7 +101,7 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
         None,
         "Tokens of the thought grid (rows times text tokens times slots) that are read at once with gradients; a "
         f"larger grid is read in parts, which takes less memory and more time. {GRID_TOKENS} if not given, but no "
-        "limit where weights are sharded; 0 for no limit.",
+        "limit with DeepSpeed; 0 for no limit.",
     )
     on_nonfinite: str = setting(
         "stop",

@@ -87,8 +87,11 @@ class QuietStarTrainer(CheckpointTrainer):
             self.add_callback(ProgressLine)
         self.add_callback(CollapseWarning)
         self.objective: Objective = args.objective()
-        if self.is_sharded:
+        if self.is_deepspeed_enabled:
             self.objective = replace(self.objective, max_grid_tokens=None)
+        elif self.is_fsdp_enabled and isinstance(self.data_collator, PadRight):
+            # All processes must pass through the model as often: grids of one size have as many parts.
+            self.data_collator = replace(self.data_collator, length=args.seq_length)
         self._update: dict[str, Tensor] = {}  # values of the update at hand
         self._thoughts: list[tuple[Tensor, Tensor]] = []  # of its batches, and where they are about text
         self._sample: dict[str, Tensor] = {}  # a text of it and the thoughts about it, where they are to be shown

@@ -21,6 +21,7 @@ FAMILIES = [["llama", "gpt2", "mistral"], ["gemma2", "gemma3", "gpt_neox"], ["de
 SAME = ("loss", "grad_norm", "policy_loss", "nll_base", "nll_talk", "reward", "rewarded", "mixing_weight")
 SAME_HELD_OUT = ("eval_tokens", "eval_nll_base", "eval_nll_talk", "eval_mixing_weight")
 # Batches of one row, and checkpointing.
+GRID_IN_PARTS = dict(max_grid_tokens=50, seq_length=12)
 IN_PARTS = dict(activation_checkpointing=True, per_device_train_batch_size=1, gradient_accumulation_steps=2)
 
 
@@ -50,7 +51,7 @@ def train_in_parts(rank: int, port: int, folder: Path, families: list[str], kind
 def check_like_one_process(folder: Path, families: list[str], kind: str, settings: dict) -> None:
     """The same loss, gradient norm and thoughts in every step, the same evaluations, the same weights at last."""
     on_every_rank(train_in_parts, free_port(), folder, families, kind, settings)
-    one_batch = settings | dict(per_device_train_batch_size=ROWS, gradient_accumulation_steps=1)
+    one_batch = settings | dict(per_device_train_batch_size=ROWS, gradient_accumulation_steps=1, max_grid_tokens=0)
     for family in families:
         alone = trained(folder / "alone" / family, family, "alone", one_batch)
         found, expected = records(folder / family), records(folder / "alone" / family)
@@ -73,6 +74,8 @@ def check_like_one_process(folder: Path, families: list[str], kind: str, setting
         pytest.param(UNTIED_AND_TIED, {}, id="plain"),
         *(pytest.param(each, IN_PARTS, id=f"in-parts-{'-'.join(each)}", marks=pytest.mark.slow) for each in FAMILIES),
         pytest.param(["llama"], dict(streamed=True, max_steps=2), id="stream", marks=pytest.mark.slow),
+        pytest.param(["llama"], GRID_IN_PARTS, id="grid-in-parts", marks=pytest.mark.slow),
+        pytest.param(["gpt2"], GRID_IN_PARTS | IN_PARTS, id="grid-in-parts-checkpointed", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_with_fsdp_make_the_updates_of_one(families, settings, tmp_path):

@@ -21,3 +21,11 @@ def test_padding_of_short_rows():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert Text.from_inputs(**batch).targets.tolist() == [[6, 7, -100], [-100, -100, -100]]
+
+
+def test_a_batch_has_at_least_the_length_that_is_asked_for():
+    rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [8]}]
+    for length, expected in ((0, 3), (2, 3), (5, 5)):
+        batch = PadRight(9, length)(rows)
+        assert batch["input_ids"].tolist() == [[5, 6, 7, 9, 9][:expected], [8, 9, 9, 9, 9][:expected]]
+        assert batch["attention_mask"].sum(1).tolist() == [3, 1]

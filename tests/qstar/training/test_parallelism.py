@@ -145,15 +145,24 @@ def test_a_model_that_is_divided_already_is_refused(tmp_path):
 
 def test_what_sharded_weights_cannot_do_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(CheckpointTrainer, "is_sharded", property(lambda trainer: True))
-    with pytest.raises(
-        ValueError, match="max_grid_tokens is 64, but with FSDP or DeepSpeed it must be 0: all processes"
-    ):
-        tiny_train(tmp_path / "parts", max_grid_tokens=64)
     tiny.plain_model("llama").save_pretrained(tmp_path / "base")
     adapted = wrap(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tiny.tokenizer())
     adapted.add_adapter(LoraConfig())
     with pytest.raises(ValueError, match="lora is set, but with FSDP or DeepSpeed it must not be: DDP trains adapters"):
         tiny_train(tmp_path / "lora", model=adapted)
-    args = QuietStarArguments(str(tmp_path), use_cpu=True, report_to="none")
-    trainer = QuietStarTrainer(tiny.thinking_model(), args, train_dataset=[])
+
+
+class OfDeepSpeed(QuietStarTrainer):
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_deepspeed_enabled = True
+
+
+def test_deepspeed_reads_grids_at_once(tmp_path):
+    options = dict(use_cpu=True, report_to="none", save_strategy="no")
+    args = QuietStarArguments(str(tmp_path), **options, max_grid_tokens=64)
+    with pytest.raises(ValueError, match="max_grid_tokens is 64, but with DeepSpeed it must be 0"):
+        OfDeepSpeed(tiny.thinking_model(), args, train_dataset=unequal_rows())
+    args = QuietStarArguments(str(tmp_path), **options)
+    trainer = OfDeepSpeed(tiny.thinking_model(), args, train_dataset=unequal_rows())
     assert trainer.objective.max_grid_tokens is None and args.objective().max_grid_tokens == 4096
