@@ -170,10 +170,11 @@ class CheckpointTrainer(Trainer):
                 f"resume_from_checkpoint is {resume_from_checkpoint!r}, which holds {there}, but this run trains "
                 f"{here}: give the setting lora that it began with"
             )
+        if self.is_fsdp_enabled:
+            load_parts(self.thinking_model, resume_from_checkpoint)
+            return
         if has_adapters(self.thinking_model):
             load_adapters(self.thinking_model, resume_from_checkpoint)
-        elif self.is_fsdp_enabled:
-            load_parts(self.thinking_model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.thinking_model.load_thoughts(resume_from_checkpoint)
@@ -210,10 +211,11 @@ class CheckpointTrainer(Trainer):
         wrong = fault(Path(best))
         if wrong is not None:
             raise ValueError(f"the best model of the run is that of {best}, but {wrong}")
+        if self.is_fsdp_enabled:
+            load_parts(self.thinking_model, best)
+            return
         if has_adapters(self.thinking_model):
             load_adapters(self.thinking_model, best)
-        elif self.is_fsdp_enabled:
-            load_parts(self.thinking_model, best)
         else:
             super()._load_best_model()
         self.thinking_model.load_thoughts(best)
