@@ -84,7 +84,8 @@ def test_the_readme_has_two_commands_that_ci_can_run_as_they_stand():
     """Each sets up all that it needs, in one line; ``.ci/run`` finds them by how they begin."""
     setup = "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e"
     found = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("python3 -m venv")]
-    assert found == [f"{setup} . && .venv/bin/qstar train", f'{setup} ".[test]" && .venv/bin/pytest tests/']
+    tests = ".venv/bin/pytest tests/ -n auto --maxprocesses 4"
+    assert found == [f"{setup} . && .venv/bin/qstar train", f'{setup} ".[test]" && {tests}']
     assert "grep '^python3 -m venv' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
