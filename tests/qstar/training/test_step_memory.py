@@ -1,5 +1,6 @@
 import sys
 
+import fresh_python
 import pytest
 import torch
 
@@ -9,18 +10,27 @@ from qstar.training.step_memory import StepMemory, kilobytes
 CPU = torch.device("cpu")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells of a process")
-def test_the_peak_of_a_step_is_what_it_held_at_once():
-    step = StepMemory(CPU)
-    gone = torch.ones(2**28, dtype=torch.uint8)  # a peak before the step is none of its
-    del gone
-    step.begin()
+HELD_IN_A_STEP = """
+import torch
+from qstar.training.step_memory import StepMemory
+
+step = StepMemory(torch.device("cpu"))
+gone = torch.ones(2**28, dtype=torch.uint8)  # a peak before the step is none of its
+del gone
+step.begin()
+for _ in range(2):
     held = torch.ones(2**26, dtype=torch.uint8)
     del held
-    held = torch.ones(2**26, dtype=torch.uint8)
-    step.end()
-    assert 2**26 <= step.peak - step.before < 1.5 * 2**26
-    assert held.all() and 2**26 < step.free < 2**50
+step.end()
+print(step.peak - step.before, step.free)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells of a process")
+def test_the_peak_of_a_step_is_what_it_held_at_once():
+    """In a fresh process, which has no memory left from other tests."""
+    taken, free = map(int, fresh_python.run(HELD_IN_A_STEP).split())
+    assert abs(taken - 2**26) < 2**22 and 2**26 < free < 2**50  # Linux counts pages of a thread in heaps
 
 
 @pytest.mark.parametrize(
