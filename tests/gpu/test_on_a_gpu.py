@@ -14,7 +14,7 @@ from qstar.experimental import cuda_graph
 from qstar.grid import Text
 from qstar.learning import Objective
 from qstar.thinking import Thinking, read_text, think
-from qstar_kernels import sample_linear, thought_attention, thought_attention_step
+from qstar_kernels import sample_linear, thought_attention, thought_attention_part, thought_attention_step
 from qstar_kernels.testing import AttentionCase, attention_inputs, relative_error
 
 pytest.importorskip("triton")
@@ -217,6 +217,39 @@ def test_every_rule_at_full_size():
         results[backend] = [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
     for mine, exact in zip(*results.values(), strict=True):
         assert relative_error(mine, exact) < 2e-2
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_parts_are_the_packed_op(window):
+    """Three parts of 170, 170 and 172 positions, with the gradients of the text's keys from all of them."""
+    leaves = [x.requires_grad_() for x in states(LLAMA_LIKE)[:3]]
+    expected = thought_attention(*leaves, window=window)[:, :, :, 1:]
+    weights = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, leaves, weights)
+    q, k, v = leaves
+    parts = []
+    for start, stop in ((0, 170), (170, 340), (340, 512)):
+        thoughts = [x[:, :, start:stop, None, 1:] for x in (q, k, v)]
+        text = [x[:, :, :stop, 0] for x in (k, v)]
+        parts.append(thought_attention_part(thoughts[0], *text, *thoughts[1:], window=window))
+    out = torch.cat(parts, dim=2).flatten(3, 4)
+    for x, y in zip((out, *torch.autograd.grad(out, leaves, weights)), (expected, *expected_gradients), strict=True):
+        assert relative_error(x, y) < 1e-2
+
+
+def test_a_training_step_in_parts_is_that_of_one_piece():
+    results = []
+    for most in (None, 400):
+        model, text, _ = thinking_case()
+        output = Objective(max_grid_tokens=most)(model, text.tokens)
+        output.loss.backward()
+        results.append((output, {name: x.grad for name, x in model.named_parameters() if x.grad is not None}))
+    (whole, gradients), (parts, gradients_of_parts) = results
+    assert torch.equal(parts.thoughts, whole.thoughts)
+    assert parts.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+    assert gradients_of_parts.keys() == gradients.keys()
+    for name, x in gradients.items():
+        assert relative_error(gradients_of_parts[name], x) < 1e-3, name
 
 
 def test_draws_are_those_of_a_cpu():
