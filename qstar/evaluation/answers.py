@@ -65,11 +65,11 @@ class Answers(Protocol):
 
 
 def normalised_number(text: str) -> str | None:
-    """A number as ``-1234.5``: without ``$``, commas, a period at its end or zeros behind the point.
+    """A number as ``-1234.5``: without ``$``, commas, periods at its end or zeros behind the point.
 
     None where it is no number.
     """
-    plain = re.sub(r"[$,\s]", "", text.translate(MINUSES))
+    plain = re.sub(r"[$,\s]", "", text.translate(MINUSES)).rstrip(".")
     if not PLAIN_NUMBER.fullmatch(plain):
         return None
     whole, _, part = plain.lstrip("+-").partition(".")

@@ -137,6 +137,7 @@ def question_of(row: Row, columns: Columns, answers: Answers, place: str, number
                 f"{place}: column {columns.answer!r} holds {found(row[columns.answer])}, but it must hold an answer "
                 f"behind {columns.mark!r}"
             )
+        answer = answer.strip()
         if rationale is None:
             rationale = CALCULATOR.sub("", before).strip() or None
     if columns.choices is None:

@@ -116,7 +116,7 @@ class Task:
         return f"\n{self.answers.asked}"
 
     def read(self, text: str, question: Question | None = None) -> Reading:
-        """The answer that reasoning comes to, and how it was found; choices are known by their texts from a question."""
+        """The answer that reasoning comes to, and how it was found; choices may be named that a question has."""
         return self.answers.read(text, question.choices if question else ())
 
     def read_first(self, text: str, question: Question | None = None) -> Reading:
