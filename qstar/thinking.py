@@ -150,6 +150,7 @@ def think(
     temperature: float,
     seed: int = 0,
     row_offset: int = 0,
+    rows: Tensor | None = None,
     last: int | None = None,
     reading: Reading | None = None,
 ) -> Tensor:
@@ -162,6 +163,7 @@ def think(
         temperature: of the distribution that tokens are drawn from; 0 takes the most probable token.
         seed: the same seed gives the same thoughts.
         row_offset: rows (batch, position, rationale) that other processes or batches have before these.
+        rows: numbers of the rows themselves, ``[B, Nq, r]`` int64, where they are not counted from ``row_offset`` on.
         last: think at the last ``Nq`` positions only; at all of them by default.
         reading: of ``text``, from :func:`read_text` with this ``grid``; its cache then holds these thoughts but for
             their last token, and none from before. By default the text is read here.
@@ -188,7 +190,8 @@ def think(
     with record_function("qstar::think"), evaluating(model):
         if reading is None:
             reading = read_text(model, text, grid)
-        sampling = dict(temperature=temperature, seed=seed, row_offset=row_offset)
+        numbers: dict[str, Any] = dict(row_offset=row_offset) if rows is None else dict(rows=rows.flatten())
+        sampling = dict(temperature=temperature, seed=seed, **numbers)
         thinking = Thinking(model, reading, grid, length if last is None else last, **sampling)
         say_next: Callable[[], None] = thinking
         for token in range(grid.thought_tokens):
