@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 LEVEL = 0.95
 RESAMPLES = 10_000
-BLOCK = 1 << 22  # drawn numbers held at a time: 32 MiB
+BLOCK = 1 << 22  # numbers drawn at a time: 16 MiB, and 32 MiB of values
 
 
 class Interval(NamedTuple):
@@ -93,15 +93,17 @@ def bootstrap(values: ArrayLike, *, counts: ArrayLike | None = None, seed: int =
         ValueError: there are no values, or not as many counts.
     """
     sums = np.asarray(values, dtype=np.float64)
-    terms = np.ones_like(sums) if counts is None else np.asarray(counts, dtype=np.float64)
-    if sums.ndim != 1 or terms.shape != sums.shape:
-        raise ValueError(f"values have shape {sums.shape} and counts {terms.shape}, but both must be [n]")
-    sums, terms = sums[terms > 0], terms[terms > 0]
+    terms = None if counts is None else np.asarray(counts, dtype=np.float64)
+    if sums.ndim != 1 or (terms is not None and terms.shape != sums.shape):
+        shapes = f"shape {sums.shape}" if terms is None else f"shape {sums.shape} and counts {terms.shape}"
+        raise ValueError(f"values have {shapes}, but they must be [n]")
+    if terms is not None:
+        sums, terms = sums[terms > 0], terms[terms > 0]
     if len(sums) == 0:
         raise ValueError("values are empty, but an interval needs at least one")
     if len(sums) == 1 or np.isnan(sums).any():
         return Interval(math.nan, math.nan)
-    if counts is None and (sums == sums[0]).all():  # whose mean would be rounded
+    if terms is None and (sums == sums[0]).all():  # whose mean would be rounded
         return Interval(float(sums[0]), float(sums[0]))
     low, high = np.quantile(_drawn_means(sums, terms, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
     return Interval(float(low), float(high))
@@ -131,11 +133,11 @@ def changes(right: Sequence[bool], reference: Sequence[bool]) -> Changes:
     return Changes(sum(here and not there for here, there in pairs), sum(there and not here for here, there in pairs))
 
 
-def _drawn_means(sums: NDArray[np.float64], terms: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+def _drawn_means(sums: NDArray[np.float64], terms: NDArray[np.float64] | None, seed: int) -> NDArray[np.float64]:
     """Of ``RESAMPLES`` draws, a block at a time."""
     generator, questions = np.random.default_rng(seed), len(sums)
     means = []
     for start in range(0, RESAMPLES, rows := max(1, BLOCK // questions)):
-        drawn = generator.integers(questions, size=(min(rows, RESAMPLES - start), questions))
-        means.append(sums[drawn].sum(1) / terms[drawn].sum(1))
+        drawn = generator.integers(questions, size=(min(rows, RESAMPLES - start), questions), dtype=np.int32)
+        means.append(sums.take(drawn).sum(1) / (questions if terms is None else terms.take(drawn).sum(1)))
     return np.concatenate(means)

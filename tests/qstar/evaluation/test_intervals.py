@@ -41,7 +41,7 @@ def test_nothing_asked_has_no_wilson_interval():
 def test_a_bootstrap_interval_is_that_of_a_plain_loop():
     values = some(7)
     generator = np.random.default_rng(5)
-    means = sorted(np.mean([values[i] for i in generator.integers(7, size=7)]) for _ in range(10_000))
+    means = sorted(np.mean([values[i] for i in generator.integers(7, size=7, dtype=np.int32)]) for _ in range(10_000))
     assert bootstrap(values, seed=5) == pytest.approx((means[249], means[9749]), rel=1e-12)
 
 
