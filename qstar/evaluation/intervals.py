@@ -81,7 +81,8 @@ def bootstrap(values: ArrayLike, *, counts: ArrayLike | None = None, seed: int =
     """The 95 % percentile bootstrap interval of a mean.
 
     Its bounds are means that were drawn, without interpolation, so that an infinite value makes a bound infinite and
-    nothing NaN. Of constant values it is a point, exactly. Of one value it is NaN: there is no spread to see.
+    nothing NaN. Of constant values it is a point, exactly. Of one value, or of none with terms, it is NaN: there is no
+    spread to see.
 
     Args:
         values: one for each question, ``[n]``; with ``counts`` a sum for each.
@@ -97,11 +98,11 @@ def bootstrap(values: ArrayLike, *, counts: ArrayLike | None = None, seed: int =
     if sums.ndim != 1 or (terms is not None and terms.shape != sums.shape):
         shapes = f"shape {sums.shape}" if terms is None else f"shape {sums.shape} and counts {terms.shape}"
         raise ValueError(f"values have {shapes}, but they must be [n]")
-    if terms is not None:
-        sums, terms = sums[terms > 0], terms[terms > 0]
     if len(sums) == 0:
         raise ValueError("values are empty, but an interval needs at least one")
-    if len(sums) == 1 or np.isnan(sums).any():
+    if terms is not None:
+        sums, terms = sums[terms > 0], terms[terms > 0]
+    if len(sums) < 2 or np.isnan(sums).any():
         return Interval(math.nan, math.nan)
     if terms is None and (sums == sums[0]).all():  # whose mean would be rounded
         return Interval(float(sums[0]), float(sums[0]))

@@ -69,7 +69,8 @@ def test_the_seed_decides_a_bootstrap_interval():
 
 def test_constant_values_have_a_point_and_one_value_has_nothing():
     assert bootstrap([0.1] * 7) == Interval(0.1, 0.1)
-    assert all(map(isnan, bootstrap([0.3])))
+    for lonely in (bootstrap([0.3]), bootstrap([0.3, 0.0], counts=[2, 0]), bootstrap([0.0, 0.0], counts=[0, 0])):
+        assert all(map(isnan, lonely))
 
 
 def test_an_infinite_value_makes_a_bound_infinite_and_none_nan():
