@@ -76,11 +76,24 @@ def scale_rows(rows, factor):
 
 
 @triton.jit
+def rounded_product(x, y):
+    """x y in float32, rounded before it is added to anything.
+
+    Lanes that share a sum add the same products in an order of their own. Were a product contracted into the addition,
+    in each lane its own one, they would end with different last bits, and whose are stored would be chance. 16-bit
+    factors have exact products.
+    """
+    if x.dtype == tl.float32:
+        return tl.where(x == x, x * y, x)  # a choice that no compiler contracts
+    return x.to(tl.float32) * y.to(tl.float32)
+
+
+@triton.jit
 def row_dot(x, y):
     """The inner product of each row of x with that of y, ``[M]`` float32."""
-    total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
+    total = tl.sum(rounded_product(x[0], y[0]), 1)
     if len(x) > 1:
-        total += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
+        total += tl.sum(rounded_product(x[1], y[1]), 1)
     return total
 
 

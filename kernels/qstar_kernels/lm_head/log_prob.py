@@ -52,11 +52,13 @@ def differentiate(
         for chunk, factors, y in logit_chunks(hidden, head, rows):
             given = (None if x is None else x[chunk] for x in (d_log_prob, d_entropy, entropy))
             scores = None if log_prob is None else log_prob.new_empty(len(chunk))
-            d_logits = head.gradient(y, targets[chunk], *given, scores)
+            dtype_of_gradient = head.weight.dtype if d_bias is None else y.dtype
+            d_logits = head.gradient(y, targets[chunk], *given, scores, dtype_of_gradient)
             if log_prob is not None:
                 log_prob[chunk] = scores
-            if d_bias is not None:
-                d_bias += d_logits.sum(0, dtype=wide)
+            if d_bias is not None:  # a sum over rows of what has not been rounded yet
+                d_bias += d_logits.sum(0)
+                d_logits = d_logits.to(head.weight.dtype)
             if d_hidden is not None:
                 d_hidden[chunk] = product(d_logits, head.weight, dtype)
             if d_weight is not None:

@@ -37,6 +37,7 @@ SHARED_LIMITS = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100":
 NEVER_SPILLS = ("sm_90", "sm_100")
 INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "mfma")  # of tensor cores
 PRODUCTS = {"tt.dot": "ttir", "ttng.warp_group_dot": "ttgir"}  # their names, and the stage of the compiler to look at
+RESULT = re.compile(r"\s*(?:@!?%p\d+ )?([\w.]+)\s+(%\w+)(?:\|%p\d+)?, (.*);")  # of an instruction in PTX
 MARKS = ("<!-- resources: begin -->", "<!-- resources: end -->")
 HEADER = (
     "| kernel | dtype | width | tile | registers | spilled | shared memory | products by |",
@@ -71,6 +72,7 @@ class Resources:
     shared: int = 0
     products: tuple[str, ...] = ()  # what makes them: of INSTRUCTIONS, or "fma"; nothing where there are none
     serialized: bool = False  # the assembler makes asynchronous products wait for one another
+    contracted: bool = False  # one instruction multiplies and adds what another lane holds
     seconds: float = 0.0
     error: str | None = None
 
@@ -108,6 +110,8 @@ def complaints(case: Case, found: Resources) -> list[str]:
         wrong.append(f"{case}: {found.shared} bytes of shared memory, the card has {limit}")
     if found.serialized:
         wrong.append(f"{case}: the assembler serializes its products")
+    if found.contracted:
+        wrong.append(f"{case}: lanes that share a sum may end with different bits, and which are stored is chance")
     if case.architecture == "sm_90" and case.dtype != "float32" and set(found.products) - {"wgmma"}:
         wrong.append(f"{case}: products by {', '.join(found.products)}, not by wgmma alone")
     return wrong
@@ -129,7 +133,8 @@ def compile_case(case: Case) -> Resources:
     seconds = cpu_seconds() - start
     used = nvidia_usage(compiled) if "cubin" in compiled.asm else amd_usage(compiled)
     serialized = launch.language == "gluon" and is_serialized(compiled)
-    return Resources(*used, compiled.metadata.shared, products_of(compiled), serialized, seconds)
+    contracted = bool(contracted_sums(compiled.asm.get("ptx", "")))
+    return Resources(*used, compiled.metadata.shared, products_of(compiled), serialized, contracted, seconds)
 
 
 def cpu_seconds() -> float:
@@ -153,6 +158,20 @@ def is_serialized(compiled: CompiledKernel) -> bool:
         source.write_text(compiled.asm["ptx"])
         architecture = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
         return "(C75" in run_tool("ptxas", "-v", f"-arch={architecture}", "-o", f"{folder}/kernel.cubin", source)
+
+
+def contracted_sums(ptx: str) -> list[str]:
+    """Instructions that multiply and add what came from another lane, see ``rounded_product``."""
+    moved, found = set(), []
+    for line in ptx.splitlines():
+        if match := RESULT.match(line):
+            operation, result, operands = match.groups()
+            sources = [operand.strip() for operand in operands.split(",")]
+            if operation.startswith("shfl") or (operation.startswith("mov.") and sources[0] in moved):
+                moved.add(result)
+            elif operation.startswith("fma") and moved.intersection(sources):
+                found.append(line.strip())
+    return found
 
 
 def run_tool(name: str, *arguments: str | Path) -> str:

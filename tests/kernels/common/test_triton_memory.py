@@ -187,7 +187,7 @@ def test_gradients_in_the_place_of_the_logits(watched, dtype):
     rows = import_module("qstar_kernels.lm_head.triton.rows")
     head = rows.Rows(torch.randn(300, 1, dtype=dtype), None, None, logits.LogitMap(1.0, 1.0, None))
     targets, d_log_prob = torch.tensor([299, 0, 128]), torch.ones(3)
-    head.gradient(torch.randn(3, 304), targets, d_log_prob, None, None, torch.empty(3))
+    head.gradient(torch.randn(3, 304), targets, d_log_prob, None, None, torch.empty(3), head.weight.dtype)
     assert watched == ["gradient_kernel"]
 
 

@@ -180,7 +180,7 @@ def test_gradients_take_the_place_of_the_logits(dtype, options):
     d_log_prob, d_entropy = random(2, rows)
     log_prob, entropy = head.score(y, targets, True)
     again = torch.empty_like(log_prob)
-    d_logits = head.gradient(y, targets, d_log_prob, d_entropy, entropy, again)
+    d_logits = head.gradient(y, targets, d_log_prob, d_entropy, entropy, again, dtype)
     assert d_logits.dtype == dtype and d_logits.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
     plain = TorchRows(torch.eye(vocabulary, dtype=torch.float64, device=DEVICE), bias.double(), forbidden, logit_map)
@@ -190,7 +190,7 @@ def test_gradients_take_the_place_of_the_logits(dtype, options):
     assert_close(again, exact)
     assert_close(entropy, exact_entropy)
     upstream = (d_log_prob.double(), d_entropy.double(), exact_entropy, None)
-    assert_close(d_logits, plain.gradient(z, targets, *upstream), gradient=True)
+    assert_close(d_logits, plain.gradient(z, targets, *upstream, torch.float64), gradient=True)
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])

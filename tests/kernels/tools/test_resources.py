@@ -80,6 +80,24 @@ def test_a_tile_that_does_not_compile_or_fit_is_found():
     assert "bytes of stack" in too_large[0]
 
 
+def test_a_sum_over_lanes_that_is_contracted_with_a_product_is_found():
+    lines = ["shfl.sync.bfly.b32 %r2, %r1, 16, 31, -1;", "\tmov.b32 %f3, %r2;", "fma.rn.f32 %f4, %f1, %f2, %f3;"]
+    assert resources.contracted_sums("\n".join(lines)) == [lines[2]]
+    assert not resources.contracted_sums("\n".join([*lines[:2], "add.f32 %f4, %f1, %f3;"]))
+    assert "different bits" in resources.complaints(CASE, replace(GOOD, contracted=True))[0]
+
+
+@pytest.mark.compiles
+def test_lanes_that_share_a_sum_end_with_the_same_bits():
+    """Where a lane holds one product alone: the rest of 16 that is left of a width of 80."""
+    cases = [
+        resources.find_case("thought_attention", kernel, "sm_90", "float32", 80, rules=True)
+        for kernel in ("step", "query_gradient")
+    ]
+    for case, found in resources.measure(cases, workers=2):
+        assert resources.complaints(case, found) == []
+
+
 def test_a_compiler_that_dies_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(resources, "compile_case", lambda case: os._exit(134))
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asdict(CASE)) + "\n"))

@@ -59,8 +59,9 @@ class Rows:
         d_entropy: Tensor | None,
         entropy: Tensor | None,
         log_prob: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """The gradient of h W^T + bias as a factor of products; overwrites ``y`` and fills log_prob, if any."""
+        """The gradient of h W^T + bias in ``dtype``; overwrites ``y`` and fills log_prob, if any."""
         temperature, logit_scale, softcap = self.logit_map
         gain = logit_scale / temperature
         slope = None if softcap is None else (y * (temperature / softcap)).square_().neg_().add_(1.0)
@@ -83,4 +84,4 @@ class Rows:
             d_logits.mul_(slope)
         if self.forbidden is not None and slope is not None:
             d_logits.index_fill_(1, self.forbidden, 0.0)
-        return d_logits.to(self.weight.dtype)
+        return d_logits.to(dtype)

@@ -56,9 +56,10 @@ class Rows:
         d_entropy: Tensor | None,
         entropy: Tensor | None,
         log_prob: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """The gradient of h W^T + bias as a factor of products, in the memory of ``y``; fills log_prob, if any."""
-        d_logits = y.view(self.weight.dtype)[:, : len(self.weight)]
+        """The gradient of h W^T + bias in ``dtype``, in the memory of ``y``; fills log_prob, if any."""
+        d_logits = y.view(dtype)[:, : len(self.weight)]
         run_all([self.gradient_launch(y, targets, d_log_prob, d_entropy, entropy, log_prob, d_logits)], y)
         return d_logits
 

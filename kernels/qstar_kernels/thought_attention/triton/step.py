@@ -7,7 +7,7 @@ through the same loop as in the packed forward.
 import triton
 import triton.language as tl
 
-from qstar_kernels.common.primitives import LOG2E, load_rows, main_part, rest_part, store_rows, tanh
+from qstar_kernels.common.primitives import LOG2E, load_rows, main_part, rest_part, rounded_product, store_rows, tanh
 from qstar_kernels.thought_attention.triton.forward import attend_text, begin_softmax, end_softmax
 
 
@@ -21,7 +21,7 @@ def members(group, rows):
 def group_dot(q, k, UNITS: tl.constexpr, GROUP: tl.constexpr):
     """Each of GROUP rows of q [UNITS * GROUP, W] with its unit's row of k [UNITS, W]: ``[UNITS, GROUP]``."""
     W: tl.constexpr = q.shape[1]
-    return tl.sum(tl.reshape(q, [UNITS, GROUP, W]).to(tl.float32) * k.to(tl.float32)[:, None, :], 2)
+    return tl.sum(rounded_product(tl.reshape(q, [UNITS, GROUP, W]), k[:, None, :]), 2)
 
 
 @triton.jit
