@@ -39,10 +39,11 @@ def microseconds(events: Sequence[FunctionEvent], name: str, *, on_gpu: bool) ->
         raise LookupError(f"the call opened no range {name!r}, but only {opened}")
     if not on_gpu:
         return sum(span.elapsed_us() for span in spans)
+    # The profiler draws ranges, an optimizer's own among them, on the GPU's timeline as well: those are no kernels.
+    ranges = {event.name for event in events if event.is_user_annotation}
     return sum(
         kernel.duration
         for event in events
         for kernel in event.kernels
-        # The profiler draws a range on the GPU's timeline as well, under its own name: that is no kernel.
-        if kernel.name != event.name and any(span.start <= event.time_range.start <= span.end for span in spans)
+        if kernel.name not in ranges and any(span.start <= event.time_range.start <= span.end for span in spans)
     )

@@ -63,7 +63,7 @@ def json_rows(path: str, name: str, columns: tuple[str, ...] | None, version: An
         ValueError: what cannot be read, with its place.
     """
     first: dict[str, Any] | None = None
-    for place, row in _placed_objects(Path(path), name):
+    for place, row in placed_objects(Path(path), name):
         if not isinstance(row, dict):
             raise ValueError(f"{place} holds {found(row)}, but it must hold an object")
         for column in columns or ():
@@ -78,7 +78,12 @@ def json_rows(path: str, name: str, columns: tuple[str, ...] | None, version: An
         raise ValueError(f"{name} holds no rows")
 
 
-def _placed_objects(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+def placed_objects(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """What a file of JSON lines or of one JSON list holds, each with its place as errors name it.
+
+    Raises:
+        ValueError: what is not JSON in UTF-8, with its place; ``name`` stands for the file.
+    """
     lines = ((number, line) for number, line in decoded_lines(path, name) if line.strip())
     first = next(lines, None)
     if first is None:

@@ -83,12 +83,14 @@ def test_kernels_count_where_they_were_launched():
         host_event("backward", 20, 30),
         host_event("MmBackward0", 21, 22, [("gemm", 200.0), ("gemm", 40.0)], thread=3),
         host_event("backward", 40, 50),
+        host_event("Optimizer.step", 42, 48),
+        host_event("aten::_fused_adam_", 43, 44, [("Optimizer.step", 700.0), ("adam", 3.0)], thread=2),
         host_event("AddBackward0", 49, 51, [("add", 1.0)], thread=3),
     ]
     assert microseconds(events, "think", on_gpu=True) == 105.0
-    assert microseconds(events, "backward", on_gpu=True) == 241.0
+    assert microseconds(events, "backward", on_gpu=True) == 244.0
     assert microseconds(events, "backward", on_gpu=False) == 20.0
-    with pytest.raises(LookupError, match=r"no range 'talk', but only \['backward', 'think'\]"):
+    with pytest.raises(LookupError, match=r"no range 'talk', but only \['Optimizer.step', 'backward', 'think'\]"):
         microseconds(events, "talk", on_gpu=True)
 
 
