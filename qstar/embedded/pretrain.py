@@ -101,6 +101,7 @@ def pretrained_model(
     else:
         model, steps, ability = pretrain(tokenizer, seed, settings)
         _save(folder, model, tokenizer, dict(steps=steps, ability=asdict(ability), seed=seed, **asdict(settings)))
+        model = LlamaForCausalLM.from_pretrained(folder)  # which knows where it is from
     if not ability.reaches(settings.goal):
         warnings.warn(
             f"the built-in decoder stopped after {steps} steps of pre-training, below its goal of {settings.goal:.0%} "
