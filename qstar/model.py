@@ -92,12 +92,7 @@ class QuietStarModel(_Decoder):
 
     def check_length(self, positions: int, further: int) -> None:
         """Raise ValueError where text tokens and those of a thought reach beyond the positions that the model knows."""
-        limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if limit is not None and positions + further > limit:
-            raise ValueError(
-                f"{positions} text tokens and {further} tokens of a thought make more than the model's "
-                f"max_position_embeddings = {limit}: shorten one of them"
-            )
+        check_positions(self, positions, further)
 
     def check_rotary_factors(self, positions: Tensor, further: int, onwards: Tensor | None = None) -> None:
         """Refuse a text whose thoughts would be read with other rotary factors than the text itself.
@@ -300,6 +295,16 @@ def existing(folder: str | Path, name: str, what: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {name}: {what} missing")
     return path
+
+
+def check_positions(model: PreTrainedModel, positions: int, further: int) -> None:
+    """As :meth:`QuietStarModel.check_length`, for any model."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and positions + further > limit:
+        raise ValueError(
+            f"{positions} text tokens and {further} tokens of a thought make more than the model's "
+            f"max_position_embeddings = {limit}: shorten one of them"
+        )
 
 
 def vocabulary(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
-from qstar.classes import ThinkingModel
+from qstar.generation.model import GeneratingModel
 from qstar.generation.output import ThinkingReport
 from qstar.generation.refusals import check_without_thoughts
 from qstar.generation.settings import GenerationSettings
@@ -62,11 +62,22 @@ def check_shown(settings: GenerationSettings, show_thoughts: bool) -> None:
         raise ValueError(f"show_thoughts is given, but {why}: there are no thoughts to show")
 
 
+def check_plain(settings: GenerationSettings, show_thoughts: bool) -> None:
+    """Refuse thinking settings for a model that :func:`qstar.wrap` has not taught to think.
+
+    Raises:
+        ValueError: one would have no effect.
+    """
+    if show_thoughts or settings not in (GenerationSettings(), GenerationSettings(think=False)):
+        what = "show_thoughts is given" if show_thoughts else f"the thinking is to be {settings}"
+        raise ValueError(f"{what}, but the model is a plain one, which has no thoughts: qstar.wrap() gives it some")
+
+
 class Continuations:
     """Continues prompts, and keeps account of the thinking.
 
     Attributes:
-        model: in ``eval()``, on the device that is to be used.
+        model: in ``eval()``, on the device that is to be used; one that thinks, or any other of transformers.
         tokenizer: its own.
         tokens: that were generated so far.
         reports: of the thinking, one for each batch; none where the model does not think.
@@ -74,7 +85,7 @@ class Continuations:
 
     def __init__(
         self,
-        model: ThinkingModel,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: GenerationSettings,
         search: SearchSettings,
@@ -87,7 +98,10 @@ class Continuations:
             ValueError: a setting would have no effect.
         """
         check_shown(settings, show_thoughts)
-        self.model, self.tokenizer = model, tokenizer
+        if not isinstance(model, GeneratingModel):
+            check_plain(settings, show_thoughts)
+        self.model: Any = model
+        self.tokenizer = tokenizer
         self.settings, self.search = settings, search
         self.show_thoughts, self.dimmed = show_thoughts, dimmed
         search.check_effect(model.generation_config)
@@ -120,15 +134,16 @@ class Continuations:
     def _batch(
         self, prompts: Sequence[Prompt], rows: list[list[int]], streamer: BaseStreamer | None
     ) -> Iterator[Continuation]:
-        config = self.model.generation_config
+        config, thinking = self.model.generation_config, {}
+        if isinstance(self.model, GeneratingModel):
+            thinking = asdict(self.settings) | {"output_thoughts": self.show_thoughts}
         tokens, mask = padded(rows, padding_token(config, self.tokenizer) or 0)
         output = self.model.generate(
             tokens.to(self.model.device),
             attention_mask=mask.to(self.model.device),
             return_dict_in_generate=True,
-            output_thoughts=self.show_thoughts,
             streamer=streamer,
-            **asdict(self.settings),
+            **thinking,
             **self.search.arguments(config, self.tokenizer, tokens.shape[1]),
         )
         if (report := getattr(output, "thinking", None)) is not None:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qstar.data.files import decoded_lines, json_rows
 from qstar.generation.model import GeneratingModel
 from qstar.generation.refusals import check_room
 from qstar.generation.settings import GenerationSettings
+from qstar.model import check_positions
 
 PROMPT, ANSWER = "prompt", "answer"  # columns
 JSON = (".jsonl", ".json")
@@ -114,13 +115,15 @@ def padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
-def check_length(model: GeneratingModel, settings: GenerationSettings, length: int, max_new_tokens: int) -> None:
+def check_length(model: PreTrainedModel, settings: GenerationSettings, length: int, max_new_tokens: int) -> None:
     """Raise ValueError where a prompt of ``length`` tokens and what follows outgrow the positions the model knows."""
     try:
-        if model.has_learned_to_think if settings.think is None else settings.think:
+        if isinstance(model, GeneratingModel) and (
+            model.has_learned_to_think if settings.think is None else settings.think
+        ):
             thought_tokens = settings.thought_tokens or model.qstar.thought_tokens
             check_room(model, thought_tokens, (length, length), max_new_tokens)
         else:
-            model.check_length(length + max_new_tokens - 1, 0)
+            check_positions(model, length + max_new_tokens - 1, 0)
     except ValueError as error:
         raise ValueError(f"{length} tokens are given and max_new_tokens is {max_new_tokens}, but {error}") from None
