@@ -65,7 +65,7 @@ def documents(count: int, seed: int, split: str = "train") -> list[str]:
 
 
 def documents_with_hints(count: int, seed: int, split: str = "train") -> list[str]:
-    """As :func:`documents`, but some with the answer as a hint before the question, and then always with the working."""
+    """As :func:`documents`, but some have the answer as a hint before the question, and then the working as well."""
     rng = random.Random(f"documents with hints {split} {seed}")
     made = []
     for _ in range(count):
