@@ -61,7 +61,7 @@ def test_the_second_prompt_is_the_first_with_the_reasoning_and_the_question_behi
         (" 9 + 9 = 18. The answer is 18.\n\nQ: What is 5 + 5?\nA: 10", "18", "strict"),
         (" That makes 18.\n\nQ: 7", "18", "flexible"),
         (" I do not know.", None, None),
-        (" The answer is -18.", "-18", "strict"),
+        (" The answer is −18.", "-18", "strict"),
     ],
 )
 def test_with_exemplars_the_answer_is_read_out_of_the_reasoning_before_the_next_question(text, said, by):
@@ -133,7 +133,7 @@ def test_the_embedded_task_reads_its_working():
 
 @pytest.fixture
 def undecided():
-    return Scripted({"9 + 9?\nA:": [f" The answer is {number}." for number in (18, 18, 18, 17, 16)]})
+    return Scripted({"9 + 9?\nA:": [f" The answer is {number}." for number in (18, 18, 18, 71, 60)]})
 
 
 def test_the_majority_of_sampled_answers_counts(undecided):
@@ -142,7 +142,7 @@ def test_the_majority_of_sampled_answers_counts(undecided):
     said = found.detail["said"]
     assert said == [text[15:17] for text in found.detail["texts"]] and len({*said}) > 1
     assert found.detail["votes"] == {each: said.count(each) for each in said}
-    assert found.said == "18" == max(said, key=said.count) and found.right
+    assert found.said == max(said, key=said.count) and found.right == (found.said == "18")
     assert found.detail["right"] == [each == "18" for each in said]
     assert max(undecided.rows) == 4
 
