@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qstar.adapters import merge_adapters
+    from qstar.ancestors.star import star
     from qstar.config import QuietStarConfig
     from qstar.embedded.run import train_embedded
     from qstar.evaluation.held_out import evaluate
@@ -35,6 +36,7 @@ _HOME = {
     "evaluate": "evaluation.held_out",
     "load": "wrapping",
     "merge_adapters": "adapters",
+    "star": "ancestors.star",
     "train": "training.run",
     "train_embedded": "embedded.run",
     "wrap": "wrapping",
@@ -49,6 +51,7 @@ __all__ = [
     "evaluate",
     "load",
     "merge_adapters",
+    "star",
     "train",
     "train_embedded",
     "wrap",

@@ -74,10 +74,14 @@ class QuietStarConfig(ThoughtSettings):
     Attributes:
         start_token_id: id of the token that opens a thought.
         end_token_id: id of the token that closes it.
+        base_model: hub name or folder of the model as it was before it learned to think; None where nobody knows.
+        base_revision: of it on the hub.
     """
 
     start_token_id: int
     end_token_id: int
+    base_model: str | None = None
+    base_revision: str | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> QuietStarConfig:

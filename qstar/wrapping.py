@@ -83,7 +83,10 @@ def wrap(
         if check:
             model.set_attn_implementation("eager")  # which leaves nothing out, as sdpa does a soft-cap
             plain = plain_passes(model, start, end), small_copy(model)
-        thinking = attach(model, QuietStarConfig(**asdict(thoughts), start_token_id=start, end_token_id=end), known)
+        name, revision = adapters.base_of(model) if model.name_or_path else (None, None)
+        ids: dict[str, Any] = dict(start_token_id=start, end_token_id=end)
+        config = QuietStarConfig(**asdict(thoughts), **ids, base_model=name, base_revision=revision)
+        thinking = attach(model, config, known)
         with torch.no_grad():
             for parameter, vector in zip((thinking.qstar_start, thinking.qstar_end), initial, strict=True):
                 parameter.copy_(vector)
@@ -139,6 +142,31 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[ThinkingModel, PreTrainedTo
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{folder} holds a model whose {name} is not finite: its training went wrong")
     return model, tokenizer
+
+
+def load_untrained(folder: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> ThinkingModel:
+    """The model in ``folder`` as it was before it learned to think, with untrained thoughts.
+
+    Args:
+        folder: as for :func:`load`.
+        tokenizer: that :func:`load` has found there.
+        kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        FileNotFoundError: the folder that it began with is not there any more.
+        ValueError: nobody knows what it began with.
+    """
+    config = QuietStarConfig.load(folder)
+    if config.base_model is None:
+        raise ValueError(f"{folder} does not say which model it was before training")
+    if Path(config.base_model).is_absolute() and not Path(config.base_model).is_dir():
+        raise FileNotFoundError(f"{folder} was trained from {config.base_model}, but no folder is there")
+    at = {} if config.base_revision is None else {"revision": config.base_revision}
+    plain = AutoModelForCausalLM.from_pretrained(config.base_model, **({"trust_remote_code": False} | at | kwargs))
+    settings = {name: getattr(config, name) for name in setting_names(ThoughtSettings)}
+    for name in ("start_token", "end_token"):
+        settings[name] = tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id"))
+    return wrap(plain, tokenizer, check=False, **settings)
 
 
 def _with_adapters(folder: str | Path, config: QuietStarConfig, kwargs: dict[str, Any]) -> ThinkingModel:

@@ -11,10 +11,11 @@ from typing import Any, TextIO, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import CONFIG_NAME, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qstar.classes import ThinkingModel
-from qstar.config import setting_names
+from qstar.config import CONFIG_FILE, setting_names
+from qstar.data.load import check_name
 from qstar.wrapping import load
 
 
@@ -54,6 +55,24 @@ def taken(options: dict[str, Any], kind: Any) -> Any:
 def ready_model(folder: Path) -> tuple[ThinkingModel, PreTrainedTokenizerBase]:
     """What :func:`qstar.load` finds in ``folder``, on a GPU where there is one."""
     model, tokenizer = load(folder)
+    if torch.cuda.is_available():
+        nn.Module.to(model, "cuda")
+    return model.eval(), tokenizer
+
+
+def any_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """:func:`ready_model`, or a model that never learned to think: the one in a folder, or of that name on the hub.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+        ValueError: the model or its tokenizer cannot be read; the hub cannot have such a name.
+    """
+    folder = Path(name)
+    if (folder / CONFIG_FILE).is_file() or (folder.is_dir() and not (folder / CONFIG_NAME).is_file()):
+        return ready_model(folder)
+    check_name(name, "model")
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if torch.cuda.is_available():
         nn.Module.to(model, "cuda")
     return model.eval(), tokenizer

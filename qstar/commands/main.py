@@ -12,7 +12,9 @@ COMMANDS = {
     "generate": "continue prompts, with a thought before every token",
     "chat": "talk to a trained model",
     "merge": "add trained adapters (LoRA) to their base: a folder with an ordinary model",
-    "eval": "held-out log-likelihood of a trained model, with and without thoughts",
+    "eval": "what a model gained by thinking: on tasks, beside controls, and on held-out text",
+    "star": "teach a model to reason by those of its own rationales that reach the right answer (STaR)",
+    "compare": "Quiet-STaR beside direct answers, chain of thought, pause tokens and STaR, on the built-in task",
     "doctor": "whether all is well here: versions, devices, backends, and a check of itself",
 }
 USAGE = f"""usage: qstar [-h] [--traceback] {{{",".join(COMMANDS)}}} ...

@@ -7,8 +7,10 @@ import json
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from qstar.embedded.task import Problems, build_tokenizer, documents, problems
 
 RECORD_FILE = "pretraining.json"
+Corpus: TypeAlias = Callable[[int, int], list[str]]  # so many documents, of a seed
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Ability:
 
 
 def pretrained_model(
-    cache_dir: str | Path, seed: int = 0, settings: PretrainSettings | None = None
+    cache_dir: str | Path, seed: int = 0, settings: PretrainSettings | None = None, corpus: Corpus | None = None
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The pre-trained decoder and its tokenizer: from the cache, or trained now (about a minute on two cores).
 
@@ -87,20 +90,22 @@ def pretrained_model(
         cache_dir: folder that holds models of any settings side by side; made where it is missing.
         seed: of the weights and of the corpus.
         settings: the defaults of :class:`PretrainSettings` where None.
+        corpus: what it is trained on; :func:`qstar.embedded.task.documents` where None.
 
     Warns:
         UserWarning: the model did not reach the goal within ``max_steps``; thoughts will hardly help it.
     """
-    settings = settings or PretrainSettings()
-    folder = Path(cache_dir) / f"decoder-{_cache_key(seed, settings)}"
+    settings, corpus = settings or PretrainSettings(), corpus or documents
+    folder = Path(cache_dir) / f"decoder-{_cache_key(seed, settings, corpus)}"
     tokenizer = build_tokenizer()
     if (folder / RECORD_FILE).is_file():
         model = LlamaForCausalLM.from_pretrained(folder)
         record = json.loads((folder / RECORD_FILE).read_text())
         steps, ability = record["steps"], Ability(**record["ability"])
     else:
-        model, steps, ability = pretrain(tokenizer, seed, settings)
+        model, steps, ability = pretrain(tokenizer, seed, settings, corpus)
         _save(folder, model, tokenizer, dict(steps=steps, ability=asdict(ability), seed=seed, **asdict(settings)))
+        model = LlamaForCausalLM.from_pretrained(folder)  # which knows where it is from
     if not ability.reaches(settings.goal):
         warnings.warn(
             f"the built-in decoder stopped after {steps} steps of pre-training, below its goal of {settings.goal:.0%} "
@@ -111,7 +116,7 @@ def pretrained_model(
 
 
 def pretrain(
-    tokenizer: PreTrainedTokenizerFast, seed: int, settings: PretrainSettings
+    tokenizer: PreTrainedTokenizerFast, seed: int, settings: PretrainSettings, corpus: Corpus
 ) -> tuple[LlamaForCausalLM, int, Ability]:
     """Train a decoder from random weights; the model in ``eval()``, the steps taken, and what it can do then."""
     with torch.random.fork_rng(devices=[]):
@@ -137,7 +142,7 @@ def pretrain(
                 if ability.reaches(settings.goal) or step == settings.max_steps:
                     return model, step, ability
             # Each step's documents have a seed of their own, above the small ones that others choose for a corpus.
-            loss = model(**_batch(tokenizer, settings.batch_size, seed=((seed + 1) << 32) + step)).loss
+            loss = model(**_batch(tokenizer, corpus(settings.batch_size, ((seed + 1) << 32) + step))).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -171,9 +176,9 @@ def measure_ability(model: LlamaForCausalLM, asked: Problems) -> Ability:
     )
 
 
-def _batch(tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> dict[str, Tensor]:
-    """Documents, one a row: input ids, attention mask and labels ``[size, S]``, padding left out of the labels."""
-    texts = [text + tokenizer.eos_token for text in documents(size, seed)]
+def _batch(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, Tensor]:
+    """Documents, one a row: input ids, attention mask and labels ``[B, S]``, padding left out of the labels."""
+    texts = [text + tokenizer.eos_token for text in texts]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     return dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
@@ -197,11 +202,10 @@ def decoder_config(tokenizer: PreTrainedTokenizerFast, settings: PretrainSetting
     )
 
 
-def _cache_key(seed: int, settings: PretrainSettings) -> str:
+def _cache_key(seed: int, settings: PretrainSettings, corpus: Corpus) -> str:
     """A name that changes with the seed, with any setting, and with what the generator and the tokenizer make of it."""
-    corpus = documents(16, seed)
     vocabulary = sorted(build_tokenizer().get_vocab().items())
-    content = json.dumps([seed, asdict(settings), corpus, vocabulary])
+    content = json.dumps([seed, asdict(settings), corpus(16, seed), vocabulary])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

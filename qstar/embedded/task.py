@@ -2,6 +2,7 @@
 
     Q 1 3 5 0 8 = 7                     the answer alone
     Q 1 3 5 0 8 = T 1 4 9 9 7 = 7       with the working: the sum of the first digit, of the first two, ...
+    T 7 Q 1 3 5 0 8 = T 1 4 9 9 7 = 7   with the answer as a hint before the question, in a corpus of its own
 
 The answer is the sum of all digits. Each step of the working is easy, the answer in one step is not. The working's
 marker stands right after the first ``=``, where a thought about the answer begins.
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MODULUS = 10
 DIGITS = 5
 WORKING_SHARE = 0.5
+HINTED_SHARE = 0.25
 
 QUESTION, EQUALS, WORKING = "Q", "=", "T"
 END, UNKNOWN = "<|endoftext|>", "<|unknown|>"
@@ -60,6 +62,16 @@ def documents(count: int, seed: int, split: str = "train") -> list[str]:
     """
     rng = random.Random(f"documents {split} {seed}")
     return [_document(_digits(rng, split), rng.random() < WORKING_SHARE) for _ in range(count)]
+
+
+def documents_with_hints(count: int, seed: int, split: str = "train") -> list[str]:
+    """As :func:`documents`, but some have the answer as a hint before the question, and then the working as well."""
+    rng = random.Random(f"documents with hints {split} {seed}")
+    made = []
+    for _ in range(count):
+        digits, hinted = _digits(rng, split), rng.random() < HINTED_SHARE
+        made.append(_document(digits, hinted or rng.random() < WORKING_SHARE, hinted=hinted))
+    return made
 
 
 def problems(count: int, seed: int, tokenizer: PreTrainedTokenizerFast, split: str = "test") -> Problems:
@@ -121,7 +133,8 @@ def _digits(rng: random.Random, split: str) -> tuple[int, ...]:
             return digits
 
 
-def _document(digits: tuple[int, ...], working: bool) -> str:
+def _document(digits: tuple[int, ...], working: bool, *, hinted: bool = False) -> str:
     sums = running_sums(digits)
+    hint = [WORKING, sums[-1]] if hinted else []
     shown = [WORKING, *sums, EQUALS] if working else []
-    return " ".join(map(str, [QUESTION, *digits, EQUALS, *shown, sums[-1]]))
+    return " ".join(map(str, [*hint, QUESTION, *digits, EQUALS, *shown, sums[-1]]))

@@ -15,7 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qstar.model import QuietStarModel, embedding_rows
 
-PAUSE, ELSEWHERE, RANDOM, UNTRAINED = "pause tokens", "another position's thoughts", "random tokens", "untrained thoughts"
+PAUSE, ELSEWHERE, RANDOM, UNTRAINED = (
+    "pause tokens",
+    "another position's thoughts",
+    "random tokens",
+    "untrained thoughts",
+)
 CONTROLS = (PAUSE, ELSEWHERE, RANDOM, UNTRAINED)
 PAUSES = (" .", ".", " ...", "...")  # the first that is one token
 

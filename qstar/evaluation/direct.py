@@ -12,6 +12,8 @@ is the answer, and its probability its share of those of all choices.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +63,10 @@ def answer_directly(
     asked = [requests_of(task, question, tokenizer) for question in questions]
     requests = [each for those in asked for each in those]
     owner = [place for place, those in enumerate(asked) for _ in those]
-    begins = {place: owner.index(place) for place in range(len(questions))}
+    begins = list(accumulate(map(len, asked), initial=0))
     found: dict[int, dict[int, TokenScores]] = {}
     permitted = task.permitted(tokenizer)
-    options = dict(permitted=permitted, batch_size=batch_size, temperature=temperature, seed=seed)
+    options: dict[str, Any] = dict(permitted=permitted, batch_size=batch_size, temperature=temperature, seed=seed)
     for number, scores in score_requests(model, requests, thoughts=thoughts, **options):
         place = owner[number]
         here = found.setdefault(place, {})
@@ -76,8 +78,9 @@ def answer_directly(
                 answered = _chosen(in_order, choices, questions[place])
             else:
                 answered = _scored(in_order[0], tokenizer)
-            if in_order[0].thoughts is not None:
-                answered.detail["thoughts"] = [scores.thoughts.tolist() for scores in in_order]
+            read = [scores.thoughts.tolist() for scores in in_order if scores.thoughts is not None]
+            if read:
+                answered.detail["thoughts"] = read
             yield place, answered
 
 
@@ -91,7 +94,7 @@ def _scored(scores: TokenScores, tokenizer: PreTrainedTokenizerBase) -> Answered
         right=bool(scores.permitted_best.all()),
         probability=float(scores.permitted_log_prob.double().sum().exp()),
         log_likelihood=float(scores.log_prob.double().sum()),
-        said=tokenizer.decode(scores.top).strip(),
+        said=str(tokenizer.decode(scores.top)).strip(),
     )
 
 

@@ -45,7 +45,7 @@ def run_folder(output_dir: str | Path | None, resume: bool | str | Path | None) 
     if get_int_from_env(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0) > 0:
         yield folder  # which the first of the processes has
         return
-    with _alone_in(folder):
+    with alone_in(folder):
         if not resume:
             check_unused(folder)
         yield folder
@@ -101,7 +101,7 @@ def _unfinished_run() -> Path:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Hold a lock of the operating system on a file in ``folder``, which goes with the process however that ends."""
     make_folder(folder)
     path = folder / LOCK_FILE

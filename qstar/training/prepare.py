@@ -147,15 +147,32 @@ def open_model(
     """A model that thinks, from a name, a folder or a model object; the weights of a named one in float32.
 
     Raises:
-        ValueError: its weights are a pickle that could run code; or what :func:`qstar.wrap` refuses.
+        ValueError: as :func:`read_model`; or what :func:`qstar.wrap` refuses.
+    """
+    opened, tokenizer = read_model(model, tokenizer)
+    if not isinstance(opened, QuietStarModel):
+        return wrap(opened, tokenizer, **thoughts), tokenizer
+    if opened is model:
+        opened.adopt_adapters()
+    return resized(opened, thoughts), tokenizer
+
+
+def read_model(
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model as it is, from a name, a folder or a model object, and its tokenizer; a named one in float32.
+
+    Raises:
+        ValueError: its weights are a pickle that could run code; the model object has no name to find a tokenizer by.
     """
     if not isinstance(model, PreTrainedModel):
         try:
             if (Path(model) / CONFIG_FILE).is_file():
                 loaded, stored = load(model, dtype=torch.float32)
-                return resized(loaded, thoughts), tokenizer or stored
+                return loaded, tokenizer or stored
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+            plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+            return plain, tokenizer
         except UnpicklingError as error:  # whose own words advise to read it all the same
             raise ValueError(
                 f"model is {str(model)!r}, but its weights are a pickle that holds more than tensors: it is not read, "
@@ -165,10 +182,7 @@ def open_model(
         if not model.name_or_path:
             raise ValueError("tokenizer is missing: the model object has no name to find it by")
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
-    if isinstance(model, QuietStarModel):
-        model.adopt_adapters()
-        return resized(model, thoughts), tokenizer
-    return wrap(model, tokenizer, **thoughts), tokenizer
+    return model, tokenizer
 
 
 def resized(model: QuietStarModel, thoughts: dict[str, Any]) -> QuietStarModel:

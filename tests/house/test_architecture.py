@@ -38,6 +38,7 @@ FLOORS = (  # of qstar/, from the ground up: a file imports from its own room, o
     ("wrapping", "prompting"),
     ("evaluation",),
     ("training",),
+    ("ancestors",),
     ("embedded",),
     ("doctor",),
     ("commands",),

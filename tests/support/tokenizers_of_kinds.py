@@ -12,9 +12,23 @@ NEVER = ["<7>", "5"]  # special tokens: a digit is no digit there
 def byte_level() -> PreTrainedTokenizerFast:
     """As of GPT-2: Ġ for a space, Ċ for a newline."""
     written = [piece.replace("\n", "Ċ") for piece in PIECES]
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "18", *("Ġ" + piece for piece in written), "ĊĊ", "Ġ1B"]
+    words = [
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "18",
+        *("Ġ" + piece for piece in written),
+        "ĊĊ",
+        "Ġ1B",
+        "ĠĠ8",
+    ]
     vocabulary = {word: token for token, word in enumerate(dict.fromkeys(words))}
-    merges = [("1", "8"), ("Ġ", "18"), *(("Ġ", piece) for piece in written if piece != "18"), ("Ċ", "Ċ"), ("Ġ1", "B")]
+    merges = [
+        ("1", "8"),
+        ("Ġ", "18"),
+        *(("Ġ", piece) for piece in written if piece != "18"),
+        ("Ċ", "Ċ"),
+        ("Ġ1", "B"),
+        ("Ġ", "Ġ8"),
+    ]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

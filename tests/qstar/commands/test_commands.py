@@ -143,7 +143,7 @@ def test_eval_prints_and_writes_what_evaluate_finds(folders, trained, capsys):
 
 def test_eval_takes_sampling_and_a_place_for_its_result(folders, trained, tmp_path):
     place = tmp_path / "sampled.json"
-    command = f"eval {trained} --dataset {folders / 'test.jsonl'} --seq-length 8 --temperature 1 --seed 7"
+    command = f"eval {trained} --dataset {folders / 'test.jsonl'} --seq-length 8 --thought-temperature 1 --seed 7"
     assert main([*command.split(), "--output", str(place)]) == 0
     model, tokenizer = load(trained)
     options = dict(seq_length=8, temperature=1.0)

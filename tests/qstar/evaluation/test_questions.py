@@ -163,6 +163,12 @@ def test_the_fingerprint_is_the_hash_of_what_the_questions_say():
             Question("a", "B", ("x", "y"), ("A", "B")),
         ),
         (
+            [{"question": "a", "choices": {"text": ["2", "1"], "label": ["1", "2"]}, "answer": 1}],
+            {},
+            Letters(2),
+            Question("a", "A", ("2", "1"), ("A", "B")),
+        ),
+        (
             [{"question": "a", "choices": ["B", "y"], "answer": "y"}],
             {},
             Letters(2),
