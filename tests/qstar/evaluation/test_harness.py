@@ -24,10 +24,11 @@ import qstar
 from qstar import reference
 from qstar.evaluation.answers import Letters
 from qstar.evaluation.direct import answer_directly
-from qstar.evaluation.harness import WITH, WITHOUT, evaluate_with_harness, found_tasks, harness_table
+from qstar.evaluation.harness import evaluate_with_harness, found_tasks, harness_table
 from qstar.evaluation.harness_model import QuietStarLM
 from qstar.evaluation.questions import Question
 from qstar.evaluation.report import Row
+from qstar.evaluation.run import OWN_THOUGHTS, WITHOUT
 from qstar.evaluation.scoring import Request, encode, score_requests
 from qstar.evaluation.tasks import Task
 from qstar.wrapping import wrap
@@ -272,14 +273,14 @@ def test_our_door_runs_tasks_with_and_without_thoughts(model, tasks):
     results = evaluate_with_harness(model, tokenizer, ["letters"], include_path=tasks, batch_size=4, limit=9)
     assert model.training
     model.eval()
-    assert list(results) == [WITHOUT, WITH]
-    for name, think in ((WITHOUT, False), (WITH, True)):
+    assert list(results) == [WITHOUT, OWN_THOUGHTS]
+    for name, think in ((WITHOUT, False), (OWN_THOUGHTS, True)):
         alone = run(QuietStarLM(model, tokenizer=tokenizer, think=think), tasks, "letters", limit=9)
         assert results[name]["results"]["letters"]["acc,none"] == alone["results"]["letters"]["acc,none"]
         assert results[name]["config"]["think"] is think
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     header, _, first, second = harness_table(results).splitlines()
-    assert header.split() == ["lm-evaluation-harness", *WITHOUT.split(), *WITH.split()]
+    assert header.split() == ["lm-evaluation-harness", *WITHOUT.split(), *OWN_THOUGHTS.split()]
     assert first.startswith("letters, acc ") and second.startswith("letters, acc_norm ")
     shown = [f"{each['results']['letters']['acc,none']:.4f}" for each in results.values()]
     assert [first.split()[2], first.split()[5]] == shown
