@@ -11,11 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qstar.evaluation.run import OWN_THOUGHTS, WITHOUT
 from qstar.evaluation.tables import table
 from qstar.model import QuietStarModel
 from qstar.thinking import evaluating
-
-WITHOUT, WITH = "without thoughts", "with its thoughts"
 
 
 def lm_eval() -> ModuleType:
@@ -62,8 +61,8 @@ def evaluate_with_harness(
             that others have.
 
     Returns:
-        What ``lm_eval.simple_evaluate`` returns, as JSON can say it, by ``WITHOUT`` and ``WITH``. Its ``config`` says
-        how the model thought.
+        What ``lm_eval.simple_evaluate`` returns, as JSON can say it, by the names of the rows ``WITHOUT`` and
+        ``OWN_THOUGHTS``. Its ``config`` says how the model thought.
 
     Raises:
         ValueError: lm-eval is not installed; there is no such task.
@@ -73,7 +72,7 @@ def evaluate_with_harness(
 
     manager = harness.tasks.TaskManager(include_path=None if include_path is None else str(include_path))
     wanted = found_tasks(manager, tasks)
-    rows = {WITHOUT: False} | ({WITH: True} if isinstance(model, QuietStarModel) else {})
+    rows = {WITHOUT: False} | ({OWN_THOUGHTS: True} if isinstance(model, QuietStarModel) else {})
     results = {}
     with evaluating(model):
         for name, think in rows.items():

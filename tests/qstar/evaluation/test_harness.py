@@ -22,9 +22,15 @@ from transformers import AutoModelForCausalLM
 
 import qstar
 from qstar import reference
-from qstar.evaluation.harness import WITH, WITHOUT, evaluate_with_harness, found_tasks, harness_table
+from qstar.evaluation.answers import Letters
+from qstar.evaluation.direct import answer_directly
+from qstar.evaluation.harness import evaluate_with_harness, found_tasks, harness_table
 from qstar.evaluation.harness_model import QuietStarLM
+from qstar.evaluation.questions import Question
+from qstar.evaluation.report import Row
+from qstar.evaluation.run import OWN_THOUGHTS, WITHOUT
 from qstar.evaluation.scoring import Request, encode, score_requests
+from qstar.evaluation.tasks import Task
 from qstar.wrapping import wrap
 
 ASKED = 12
@@ -51,7 +57,7 @@ def tasks(tmp_path_factory) -> Path:
         dataset_path="json",
         dataset_kwargs=dict(data_files=dict(test=str(folder / "questions.jsonl")), cache_dir=str(folder / "cache")),
         test_split="test",
-        doc_to_text="{{question}}",
+        doc_to_text="Question: {{question}}\nAnswer:",
     )
     choice = dict(
         task="letters",
@@ -106,29 +112,38 @@ def plain_score(model, request: Request, think: bool) -> float:
     return total
 
 
+def prompts() -> list[str]:
+    return [f"Question: {each['question']}\nAnswer:" for each in documents()]
+
+
 @pytest.mark.parametrize("think", [False, True])
-def test_accuracy_is_that_of_plain_logits_and_of_our_own_scores(model, tasks, think):
-    """To the last digit, and that of normalised accuracy with it; with thoughts it is another than without."""
-    found = run(QuietStarLM(model, tokenizer=tiny.tokenizer(), batch_size=5, think=think), tasks, "letters")
-    requests = [
-        encode(tiny.tokenizer(), each["question"], f" {choice}") for each in documents() for choice in each["choices"]
-    ]
-    ours = dict(score_requests(model, requests, thoughts="own" if think else None, batch_size=7))
-    accuracies = {}
-    for name, score in (
-        ("plain", [plain_score(model, request, think) for request in requests]),
-        ("ours", [float(ours[number].log_prob.sum()) for number in range(len(requests))]),
-    ):
-        by_question = torch.tensor(score).view(ASKED, 3)
-        torch.testing.assert_close(torch.tensor(scores_of(found)), by_question, rtol=1e-4, atol=1e-5)
-        right = torch.tensor([each["label"] for each in documents()])
-        lengths = torch.tensor([[len(choice) for choice in each["choices"]] for each in documents()])
-        accuracies[name] = (
-            int((by_question.argmax(1) == right).sum()) / ASKED,
-            int(((by_question / lengths).argmax(1) == right).sum()) / ASKED,
-        )
+def test_accuracy_is_that_of_plain_logits_and_of_our_own_evaluation(model, tasks, think):
+    """To the last digit, and so is accuracy by length; every log-likelihood agrees as far as it is rounded."""
+    tokenizer, thoughts = tiny.tokenizer(), "own" if think else None
+    found = run(QuietStarLM(model, tokenizer=tokenizer, batch_size=5, think=think), tasks, "letters")
     results = found["results"]["letters"]
-    assert (results["acc,none"], results["acc_norm,none"]) == accuracies["plain"] == accuracies["ours"]
+    harness = results["acc,none"], results["acc_norm,none"]
+
+    pairs = [
+        (text, f" {choice}") for text, each in zip(prompts(), documents(), strict=True) for choice in each["choices"]
+    ]
+    plain = torch.tensor([plain_score(model, encode(tokenizer, *pair), think) for pair in pairs]).view(ASKED, 3)
+    torch.testing.assert_close(torch.tensor(scores_of(found)), plain, rtol=1e-4, atol=1e-5)
+    right = torch.tensor([each["label"] for each in documents()])
+    lengths = torch.tensor([[len(choice) for choice in each["choices"]] for each in documents()])
+    by_sum, by_length = (int((each.argmax(1) == right).sum()) / ASKED for each in (plain, plain / lengths))
+    assert harness == (by_sum, by_length)
+
+    questions = [
+        Question(each["question"], "ABC"[each["label"]], (*each["choices"],), (*"ABC",)) for each in documents()
+    ]
+    task = Task("letters", Letters(3), compares_choices=True)
+    answers = dict(answer_directly(model, tokenizer, task, questions, thoughts=thoughts, batch_size=7))
+    ours = [answers[place] for place in range(ASKED)]
+    by_ours = torch.tensor([each.detail["log_likelihoods"] for each in ours])
+    torch.testing.assert_close(torch.tensor(scores_of(found)), by_ours, rtol=1e-5, atol=1e-5)
+    row = Row("ours", tuple(ours), {})
+    assert harness == (row.mean("accuracy").value, sum(each.detail["right_by_length"] for each in ours) / ASKED)
 
 
 def test_thoughts_change_what_is_found(model, tasks):
@@ -167,8 +182,8 @@ def test_generated_text_is_that_of_generate(model, tasks, think):
     row = QuietStarLM(model, tokenizer=tokenizer, batch_size=5, think=think)
     found = run(row, tasks, "said")
     expected = []
-    for each in documents():
-        prompt = tokenizer(each["question"], return_tensors="pt").input_ids
+    for text in prompts():
+        prompt = tokenizer(text, return_tensors="pt").input_ids
         output = model.generate(prompt, think=think, max_new_tokens=5, do_sample=False, pad_token_id=0)
         expected.append(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).split("z")[0])
     assert [each["resps"][0][0] for each in samples(found, "said")] == expected
@@ -258,14 +273,14 @@ def test_our_door_runs_tasks_with_and_without_thoughts(model, tasks):
     results = evaluate_with_harness(model, tokenizer, ["letters"], include_path=tasks, batch_size=4, limit=9)
     assert model.training
     model.eval()
-    assert list(results) == [WITHOUT, WITH]
-    for name, think in ((WITHOUT, False), (WITH, True)):
+    assert list(results) == [WITHOUT, OWN_THOUGHTS]
+    for name, think in ((WITHOUT, False), (OWN_THOUGHTS, True)):
         alone = run(QuietStarLM(model, tokenizer=tokenizer, think=think), tasks, "letters", limit=9)
         assert results[name]["results"]["letters"]["acc,none"] == alone["results"]["letters"]["acc,none"]
         assert results[name]["config"]["think"] is think
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     header, _, first, second = harness_table(results).splitlines()
-    assert header.split() == ["lm-evaluation-harness", *WITHOUT.split(), *WITH.split()]
+    assert header.split() == ["lm-evaluation-harness", *WITHOUT.split(), *OWN_THOUGHTS.split()]
     assert first.startswith("letters, acc ") and second.startswith("letters, acc_norm ")
     shown = [f"{each['results']['letters']['acc,none']:.4f}" for each in results.values()]
     assert [first.split()[2], first.split()[5]] == shown
