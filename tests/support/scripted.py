@@ -10,13 +10,35 @@ import tiny
 import torch
 from transformers import LlamaForCausalLM
 
+from qstar import star
 from qstar.ancestors.wording import Wording
 from qstar.evaluation.questions import Question
+
+
+def question(text: str, answer: str, rationale: str | None = None) -> Question:
+    """A question about letters."""
+    return Question(text, answer, rationale=rationale)
+
 
 WORDING = Wording(
     prompt="{question} q", hinted_prompt="h {answer} {question} q", exemplar=" {rationale} z {answer} e ",
     answer_pattern=r"z (\w)", stop=(),
 )  # fmt: skip
+QUICK = dict(first_steps=2, warmup_steps=0, learning_rate=1e-2, train_batch_size=2, batch_size=3, max_new_tokens=6)
+QUESTIONS = [question(*each) for each in (("a b", "c"), ("b c", "d"), ("c d", "e"), ("d e", "f"), ("e f", "g"))]
+HELD_OUT = [question("u v", "w"), question("v w", "x")]
+SAID = {
+    "a b q": "m z c",  # right
+    "b c q": "m z m",  # wrong, and right with the hint
+    "h d b c q": "n z d m",  # the answer ends the rationale
+    "c d q": "m m",  # no answer, and none with the hint
+    "h e c d q": "m m",
+    "d e q": "m z m",  # wrong, and wrong with the hint
+    "h f d e q": "n z m",
+    "e f q": "m n z g z m",  # the first answer counts
+    "u v q": "m z w",
+    "v w q": "m z m",
+}
 
 
 def weights_of(model) -> str:
@@ -57,5 +79,7 @@ class Script:
         return SimpleNamespace(sequences=torch.cat([tokens, said], 1))
 
 
-def question(text: str, answer: str, rationale: str | None = None) -> Question:
-    return Question(text, answer, rationale=rationale)
+def run(tmp_path, name="run", questions=QUESTIONS, **options):
+    """A run of STaR, by default of one round."""
+    settings = dict(tokenizer=tiny.tokenizer(), wording=WORDING, output_dir=tmp_path / name, rounds=1) | QUICK
+    return star(options.pop("model", None) or tiny.plain_model("llama"), questions, **(settings | options))

@@ -7,38 +7,16 @@ import json
 import pytest
 import tiny
 import torch
-from scripted import WORDING, Script, question, weights_of
+from scripted import HELD_OUT, QUESTIONS, SAID, Script, question, run, weights_of
 from transformers import AutoModelForCausalLM
 
-from qstar import star
-from qstar.ancestors import rounds as rounds_module
+from qstar.ancestors import rounds as module
 from qstar.ancestors.fine_tuning import fine_tune
-
-QUICK = dict(first_steps=2, warmup_steps=0, learning_rate=1e-2, train_batch_size=2, batch_size=3, max_new_tokens=6)
-QUESTIONS = [question(*each) for each in (("a b", "c"), ("b c", "d"), ("c d", "e"), ("d e", "f"), ("e f", "g"))]
-HELD_OUT = [question("u v", "w"), question("v w", "x")]
-SAID = {
-    "a b q": "m z c",  # right
-    "b c q": "m z m",  # wrong, and right with the hint
-    "h d b c q": "n z d m",  # the answer ends the rationale
-    "c d q": "m m",  # no answer, and none with the hint
-    "h e c d q": "m m",
-    "d e q": "m z m",  # wrong, and wrong with the hint
-    "h f d e q": "n z m",
-    "e f q": "m n z g z m",  # the first answer counts
-    "u v q": "m z w",
-    "v w q": "m z m",
-}
 
 
 @pytest.fixture
 def script(monkeypatch):
     return Script(monkeypatch, lambda prompt, weights: SAID[prompt])
-
-
-def run(tmp_path, name="run", questions=QUESTIONS, **options):
-    settings = dict(tokenizer=tiny.tokenizer(), wording=WORDING, output_dir=tmp_path / name, rounds=1) | QUICK
-    return star(options.pop("model", None) or tiny.plain_model("llama"), questions, **(settings | options))
 
 
 def lines(path):
@@ -83,7 +61,7 @@ def test_neither_a_hint_nor_an_exemplar_reaches_the_text_that_is_trained_on(monk
         trained.extend(rows)
         return fine_tune(original, tokenizer, rows, *others)
 
-    monkeypatch.setattr(rounds_module, "fine_tune", spied)
+    monkeypatch.setattr(module, "fine_tune", spied)
     run(tmp_path, exemplars=exemplars)
     assert any(prompt.startswith("h") for prompt, _ in script.asked)
     decode = tiny.tokenizer().decode
