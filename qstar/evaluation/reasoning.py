@@ -89,7 +89,7 @@ def reason(
         ValueError: repeats would all be alike; a setting of thoughts for a model that has none; a question cannot be
             written in the tokenizer's words, or is too long.
     """
-    _check_repeats(model, settings)
+    check_repeats(model, settings)
     reasoner = _Reasoner(model, tokenizer, task, settings)
     prompts = [task.reasoning_prompt(each, settings.exemplars) for each in questions]
     lengths = [len(row) for row in prompt_tokens(tokenizer, map(Prompt, prompts))]
@@ -116,8 +116,12 @@ def accuracy_of_repeats(answers: Sequence[Answered]) -> list[float]:
     return [sum(repeat) / len(answers) for repeat in zip(*(each.detail["right"] for each in answers), strict=True)]
 
 
-def _check_repeats(model: PreTrainedModel, settings: ReasoningSettings) -> None:
-    """Raise ValueError where nothing would tell one repeat from another."""
+def check_repeats(model: PreTrainedModel, settings: ReasoningSettings) -> None:
+    """Refuse repeats of which nothing would tell one from another.
+
+    Raises:
+        ValueError: neither text nor thoughts are sampled.
+    """
     thinking = settings.thinking
     thinks = isinstance(model, GeneratingModel) and (
         model.has_learned_to_think if thinking.think is None else thinking.think
