@@ -205,9 +205,10 @@ class _Asking:
         shown = () if not mine.chain_of_thought else read_exemplars(self.task, mine.exemplars)[: mine.chain_of_thought]
         if len(shown) < mine.chain_of_thought:
             raise ValueError(f"chain_of_thought is {mine.chain_of_thought}, but there are {len(shown)} exemplars")
+        self.task.reasoning_prompt(self.questions.questions[0], shown)  # which refuses exemplars that it cannot show
         thinking = [GenerationSettings(think=False)]
         if isinstance(self.model, QuietStarModel):
-            sampling = dict(thought_temperature=mine.thought_temperature, thought_seed=mine.seed)
+            sampling: dict[str, Any] = dict(thought_temperature=mine.thought_temperature, thought_seed=mine.seed)
             thinking.append(GenerationSettings(think=True, **sampling))
         ways = {}
         for each in thinking:

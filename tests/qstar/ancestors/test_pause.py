@@ -14,7 +14,7 @@ OPTIONS = QUIET | dict(max_steps=2, warmup_steps=0, learning_rate=1e-2, report_t
 
 
 def test_the_loss_is_that_of_plain_passes_with_the_same_thought_everywhere():
-    """K times the token that opens it, by the specification in plain loops; exactly, since GPT-2 computes in float64."""
+    """K times the token that opens it, by the specification in plain loops; exactly, since GPT-2 computes in float64"""
     model = tiny.thinking_model("gpt2", thought_tokens=3, ahead_tokens=2, rationales=2, dtype=torch.float64)
     text = tiny.text(1, 9)
     thoughts = torch.full((9, 1, 3), model.qstar.start_token_id)
