@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from scripted import TOKENIZER, Scripted
+from scripted_model import TOKENIZER, Scripted
 
 from qstar.embedded.sums import SUMS
 from qstar.embedded.task import build_tokenizer
