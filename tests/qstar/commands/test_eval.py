@@ -8,7 +8,7 @@ import json
 import pytest
 import tiny
 import torch
-from scripted import TOKENIZER
+from scripted_model import TOKENIZER
 
 from qstar import load
 from qstar.commands.main import main

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from plain_answers import greedy_thought
-from scripted import TOKENIZER
+from scripted_model import TOKENIZER
 
 from qstar import reference
 from qstar.evaluation.direct import answer_directly, thoughts_of
