@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qstar.config import QuietStarConfig
     from qstar.embedded.run import train_embedded
     from qstar.evaluation.held_out import evaluate
+    from qstar.evaluation.run import evaluate_tasks
     from qstar.learning import Objective
     from qstar.model import QuietStarModel
     from qstar.training.fit import TrainResult
@@ -34,6 +35,7 @@ _HOME = {
     "QuietStarTrainer": "training.trainer",
     "TrainResult": "training.fit",
     "evaluate": "evaluation.held_out",
+    "evaluate_tasks": "evaluation.run",
     "load": "wrapping",
     "merge_adapters": "adapters",
     "star": "ancestors.star",
@@ -49,6 +51,7 @@ __all__ = [
     "QuietStarTrainer",
     "TrainResult",
     "evaluate",
+    "evaluate_tasks",
     "load",
     "merge_adapters",
     "star",

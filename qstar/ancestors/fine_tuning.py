@@ -58,7 +58,6 @@ def fine_tune(
         lr_scheduler_type="constant_with_warmup",
         weight_decay=0.0,
         per_device_train_batch_size=settings.train_batch_size,
-        gradient_checkpointing=settings.gradient_checkpointing,
         bf16=settings.bf16,
         seed=settings.seed,
         save_strategy="no",
@@ -66,6 +65,7 @@ def fine_tune(
         logging_steps=steps,
         sample_steps=0,
         gradient_norm_steps=0,
+        **({"gradient_checkpointing": True} if settings.gradient_checkpointing else {}),
     )
     kind = cast(Any, QuietStarTrainer if isinstance(model, QuietStarModel) else Trainer)
     collator = PadRight(tokenizer.pad_token_id or 0)

@@ -1,4 +1,4 @@
-"""The rounds of STaR in a folder whose files are whole or not there, so that a run that was killed goes on from them."""
+"""The rounds of STaR in a folder whose files are whole or not there, so that a run that was killed can go on."""
 
 from __future__ import annotations
 

@@ -52,6 +52,7 @@ WORDING = Wording(
     answer_pattern=rf"{EQUALS} (\d)",
     stop=(),
 )
+TRAINING: dict[str, Any] = SETTINGS | dict(policy_weight=10.0, sample_steps=0, logging_steps=50, curves=False)
 STAR: dict[str, Any] = dict(
     patience=3, learning_rate=1e-3, warmup_steps=10, train_batch_size=32, max_new_tokens=8, batch_size=250
 )
@@ -76,7 +77,7 @@ class CompareSettings:
     questions: int = setting(2000, "Problems with their answers to train on.")
     held_out: int = setting(300, "Problems that STaR measures its rounds on.")
     problems: int = setting(500, "Unseen problems, which every row of the table answers.")
-    steps: int = setting(400, "Steps of training direct answers, pause tokens and Quiet-STaR.")
+    steps: int = setting(300, "Steps of training direct answers, pause tokens and Quiet-STaR.")
     rounds: int = setting(10, "Rounds of STaR at most.")
 
     def __post_init__(self) -> None:
@@ -190,9 +191,7 @@ class _Comparing:
         began = time.monotonic()
         args = QuietStarArguments(
             output_dir=str(self.folder / name),
-            **SETTINGS
-            | dict(max_steps=self.settings.steps, seed=self.settings.seed, sample_steps=0, logging_steps=20)
-            | dict(report_to="none", curves=False),
+            **TRAINING | dict(max_steps=self.settings.steps, seed=self.settings.seed, report_to="none"),
         )
         set_seed(args.seed)
         texts = [f"{each.text} {EQUALS} {each.answer}" for each in self.trained.questions]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qstar.evaluation.answers import Reading
 from qstar.evaluation.questions import Question
 from qstar.evaluation.report import Answered
+from qstar.evaluation.sampling import SeededSearch
 from qstar.evaluation.tasks import Task
 from qstar.generation.model import GeneratingModel
 from qstar.generation.settings import GenerationSettings
@@ -88,7 +89,7 @@ def reason(
         ValueError: repeats would all be alike; a setting of thoughts for a model that has none; a question cannot be
             written in the tokenizer's words, or is too long.
     """
-    _check_repeats(model, settings)
+    check_repeats(model, settings)
     reasoner = _Reasoner(model, tokenizer, task, settings)
     prompts = [task.reasoning_prompt(each, settings.exemplars) for each in questions]
     lengths = [len(row) for row in prompt_tokens(tokenizer, map(Prompt, prompts))]
@@ -115,8 +116,12 @@ def accuracy_of_repeats(answers: Sequence[Answered]) -> list[float]:
     return [sum(repeat) / len(answers) for repeat in zip(*(each.detail["right"] for each in answers), strict=True)]
 
 
-def _check_repeats(model: PreTrainedModel, settings: ReasoningSettings) -> None:
-    """Raise ValueError where nothing would tell one repeat from another."""
+def check_repeats(model: PreTrainedModel, settings: ReasoningSettings) -> None:
+    """Refuse repeats of which nothing would tell one from another.
+
+    Raises:
+        ValueError: neither text nor thoughts are sampled.
+    """
     thinking = settings.thinking
     thinks = isinstance(model, GeneratingModel) and (
         model.has_learned_to_think if thinking.think is None else thinking.think
@@ -144,17 +149,17 @@ class _Reasoner:
 
     def answer(self, questions: Sequence[Question], prompts: Sequence[str]) -> list[Answered]:
         """One for each question."""
-        said = self._sampled(questions, prompts) if self.settings.temperature else self._greedy(prompts)
+        texts: list[list[str]] = [[] for _ in questions]
         answers: list[list[str]] = [[] for _ in questions]
-        if self.answer_prompt:
-            for repeat in range(self.settings.repeats):
-                asked = [
-                    prompt + texts[repeat].rstrip() + self.answer_prompt
-                    for prompt, texts in zip(prompts, said, strict=True)
-                ]
+        for repeat in range(self.settings.repeats):
+            said = self._said(prompts, repeat, self.settings.max_new_tokens, self.settings.temperature)
+            for row, text in zip(texts, said, strict=True):
+                row.append(text)
+            if self.answer_prompt:
+                asked = [each + text.rstrip() + self.answer_prompt for each, text in zip(prompts, said, strict=True)]
                 for row, text in zip(answers, self._said(asked, repeat, self.settings.answer_tokens), strict=True):
                     row.append(text)
-        return [self._answered(*each) for each in zip(questions, said, answers, strict=True)]
+        return [self._answered(*each) for each in zip(questions, texts, answers, strict=True)]
 
     def _answered(self, question: Question, texts: list[str], answers: list[str]) -> Answered:
         readings: list[Reading]
@@ -175,31 +180,18 @@ class _Reasoner:
         }
         return Answered(self.task.is_right(winner, question), said=winner, detail=detail)
 
-    def _greedy(self, prompts: Sequence[str]) -> list[list[str]]:
-        """For each prompt a text in each repeat, between which the thoughts differ."""
-        repeats = range(self.settings.repeats)
-        columns = [self._said(prompts, repeat, self.settings.max_new_tokens) for repeat in repeats]
-        return [list(texts) for texts in zip(*columns, strict=True)]
-
-    def _sampled(self, questions: Sequence[Question], prompts: Sequence[str]) -> list[list[str]]:
-        """The same, sampled by the question: random numbers are drawn by the row, and would depend on the batch."""
-        said: list[list[str]] = [[] for _ in prompts]
-        for texts, question, prompt in zip(said, questions, prompts, strict=True):
-            while (done := len(texts)) < self.settings.repeats:
-                search = SearchSettings(
-                    do_sample=True,
-                    temperature=self.settings.temperature,
-                    num_return_sequences=min(self.settings.repeats - done, self.settings.batch_size),
-                    max_new_tokens=self.settings.max_new_tokens,
-                    stop=self.task.stop,
-                    seed=_seed(self.settings.seed, question.number, done) % 2**32,  # as NumPy's
-                )
-                texts += self._texts(self._continuations(done, search), [prompt])
-        return said
-
-    def _said(self, prompts: Sequence[str], repeat: int, max_new_tokens: int) -> list[str]:
-        search = SearchSettings(do_sample=False, max_new_tokens=max_new_tokens, stop=self.task.stop)
-        return self._texts(self._continuations(repeat, search), prompts)
+    def _said(self, prompts: Sequence[str], repeat: int, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
+        """What is said to each prompt, up to where another question begins."""
+        seed = _seed(self.settings.seed, repeat)
+        search = SeededSearch(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            stop=self.task.stop,
+            text_temperature=temperature,
+            text_seed=seed,
+        )
+        said = self._continuations(repeat, search).of([Prompt(text) for text in prompts], self.settings.batch_size)
+        return [_before(each.text, self.task.stop) for each in said]
 
     def _continuations(self, repeat: int, search: SearchSettings) -> Continuations:
         thinking = self.settings.thinking
@@ -207,16 +199,11 @@ class _Reasoner:
             thinking = replace(thinking, thought_seed=_seed(thinking.thought_seed, repeat))
         return Continuations(self.model, self.tokenizer, thinking, search)
 
-    def _texts(self, continuations: Continuations, prompts: Sequence[str]) -> list[str]:
-        """What was said up to where another question begins."""
-        said = continuations.of([Prompt(text) for text in prompts], self.settings.batch_size)
-        return [_before(each.text, self.task.stop) for each in said]
-
 
 def _before(text: str, stops: Sequence[str]) -> str:
     return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
 
-def _seed(*numbers: int) -> int:
-    """Another seed for other numbers, below 2^64."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big")
+def _seed(seed: int, repeat: int) -> int:
+    """Another seed for each repeat, below 2^64."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {repeat}".encode()).digest()[:8], "big")

@@ -20,7 +20,7 @@ from qstar.evaluation import controls
 from qstar.evaluation.direct import answer_directly, requests_of, thoughts_of
 from qstar.evaluation.exemplars import read_exemplars
 from qstar.evaluation.questions import Question, Questions, fingerprint, read_questions
-from qstar.evaluation.reasoning import ReasoningSettings, reason
+from qstar.evaluation.reasoning import ReasoningSettings, check_repeats, reason
 from qstar.evaluation.report import Answered, Row, TaskReport
 from qstar.evaluation.scoring import OWN, Thoughts
 from qstar.evaluation.store import AnswerStore, store_path
@@ -159,13 +159,16 @@ class _Asking:
         self.rows: list[Row] = []
 
     def report(self, untrained: Callable[[], PreTrainedModel] | None) -> TaskReport:
+        reasoning = self.ways_to_reason()  # whose settings are checked before anything is asked
         self.ask(WITHOUT, {"thoughts": None}, self.directly(self.model, None))
         if isinstance(self.model, QuietStarModel):
             own = self.ask(OWN_THOUGHTS, {"thoughts": OWN} | self.sampling, self.directly(self.model, OWN))
             if self.settings.controls:
                 self.controls(self.model, own, untrained)
-        if self.settings.chain_of_thought is not None:
-            self.chains_of_thought()
+        for name, settings in reasoning.items():
+            said = asdict(settings) | {"exemplars": fingerprint(settings.exemplars)}
+            del said["batch_size"]
+            self.ask(name, said, partial(self.by_reasoning, settings))
         return TaskReport(self.task.name, self.questions, tuple(self.rows))
 
     def controls(self, model: QuietStarModel, own: Row, untrained: Callable[[], PreTrainedModel] | None) -> None:
@@ -194,33 +197,37 @@ class _Asking:
 
         self.ask(controls.UNTRAINED, {"thoughts": controls.UNTRAINED} | self.sampling, read_what_it_thought)
 
-    def chains_of_thought(self) -> None:
-        """What the model answers after it has reasoned in words, without thoughts and, if it can think, with them."""
+    def ways_to_reason(self) -> dict[str, ReasoningSettings]:
+        """Chains of thought by the names of their rows: without thoughts and, if the model can think, with them."""
         mine = self.settings
+        if mine.chain_of_thought is None:
+            return {}
         shown = () if not mine.chain_of_thought else read_exemplars(self.task, mine.exemplars)[: mine.chain_of_thought]
-        if len(shown) < (mine.chain_of_thought or 0):
+        if len(shown) < mine.chain_of_thought:
             raise ValueError(f"chain_of_thought is {mine.chain_of_thought}, but there are {len(shown)} exemplars")
-        name = f"chain of thought, {len(shown)} exemplars" if shown else "chain of thought"
-        if mine.repeats > 1:
-            name += f", majority of {mine.repeats}"
-        ways = {name: GenerationSettings(think=False)}
+        self.task.reasoning_prompt(self.questions.questions[0], shown)  # which refuses exemplars that it cannot show
+        thinking = [GenerationSettings(think=False)]
         if isinstance(self.model, QuietStarModel):
-            ways[f"{name}, {OWN_THOUGHTS}"] = GenerationSettings(
-                think=True, thought_temperature=mine.thought_temperature, thought_seed=mine.seed
-            )
-        for way, thinking in ways.items():
+            sampling: dict[str, Any] = dict(thought_temperature=mine.thought_temperature, thought_seed=mine.seed)
+            thinking.append(GenerationSettings(think=True, **sampling))
+        ways = {}
+        for each in thinking:
+            differ = mine.temperature or each.thought_temperature or each is thinking[-1]
             settings = ReasoningSettings(
                 exemplars=shown,
-                repeats=mine.repeats,
+                repeats=mine.repeats if differ else 1,  # greedy text alone would be the same each time
                 temperature=mine.temperature,
                 max_new_tokens=mine.max_new_tokens,
-                thinking=thinking,
+                thinking=each,
                 batch_size=mine.batch_size,
                 seed=mine.seed,
             )
-            said = asdict(settings) | {"exemplars": fingerprint(shown)}
-            del said["batch_size"]
-            self.ask(way, said, partial(self.by_reasoning, settings))
+            check_repeats(self.model, settings)
+            exemplars = f"{len(shown)} exemplars" if shown else ""
+            majority = f"majority of {settings.repeats}" if settings.repeats > 1 else ""
+            parts = ("chain of thought", exemplars, majority, OWN_THOUGHTS if each.think else "")
+            ways[", ".join(filter(None, parts))] = settings
+        return ways
 
     def by_reasoning(self, settings: ReasoningSettings, places: Sequence[int]) -> Answers:
         """Answers to the questions at some places, read out of generated text."""

@@ -72,7 +72,7 @@ def test_a_mistyped_model_is_named_before_the_data_are_read(model, tmp_path, mon
 
 def test_a_mistyped_dataset_is_named_before_a_model_is_loaded(folder, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "open_model", lambda *_: pytest.fail("the model is loaded"))
-    monkeypatch.setattr("qstar.commands.eval.load", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qstar.commands.eval.any_model", lambda *_: pytest.fail("the model is loaded"))
     for command in (["train", "--model", str(folder / "model")], ["eval", str(folder / "model")]):
         for dataset, said in (("held.jsonl", "there is no such file"), ("my data", "could be no name on the hub")):
             assert main([*command, "--dataset", dataset]) == 1

@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from qstar.data import load
 from qstar.evaluation.answers import Letters, Numbers, Words
@@ -73,6 +73,17 @@ def test_json_and_parquet_hold_the_same_questions_as_json_lines(written, tmp_pat
         Dataset.from_list(ARC).to_parquet(tmp_path / name)
     other = read_questions(find_task("arc_easy"), tmp_path / name)
     assert (other.questions, other.fingerprint) == (lines.questions, lines.fingerprint)
+
+
+def test_objects_and_folders_of_datasets_hold_the_same_questions(written, tmp_path):
+    lines = read_questions(find_task("commonsense_qa"), written(COMMONSENSE))
+    data = Dataset.from_list(COMMONSENSE)
+    DatasetDict({"train": Dataset.from_list(ARC[:1]), "validation": data}).save_to_disk(tmp_path / "saved")
+    for source, name in ((data, "dataset"), (tmp_path / "saved", str(tmp_path / "saved"))):
+        found = read_questions(find_task("commonsense_qa"), source)
+        assert (found.questions, found.source) == (lines.questions, name)
+    with pytest.raises(ValueError, match=r"split is 'test', but source has 'train', 'validation'"):
+        read_questions(find_task("commonsense_qa"), tmp_path / "saved", split="test")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from scripted import TOKENIZER, Scripted
+from scripted_model import TOKENIZER, Scripted
 
 from qstar.embedded.sums import SUMS
 from qstar.embedded.task import build_tokenizer
@@ -31,6 +31,11 @@ def answered(model, questions, task=GSM8K, tokenizer=TOKENIZER, **settings):
 
 def question(text, answer, number=0):
     return Question(text, answer, number=number)
+
+
+def sums(count):
+    """Questions of different texts that a script takes for the same."""
+    return [question(f"{'Now, ' * number}9 + 9?", "18", number) for number in range(count)]
 
 
 # One answer
@@ -61,7 +66,7 @@ def test_the_second_prompt_is_the_first_with_the_reasoning_and_the_question_behi
         (" 9 + 9 = 18. The answer is 18.\n\nQ: What is 5 + 5?\nA: 10", "18", "strict"),
         (" That makes 18.\n\nQ: 7", "18", "flexible"),
         (" I do not know.", None, None),
-        (" The answer is -18.", "-18", "strict"),
+        (" The answer is −18.", "-18", "strict"),
     ],
 )
 def test_with_exemplars_the_answer_is_read_out_of_the_reasoning_before_the_next_question(text, said, by):
@@ -133,34 +138,31 @@ def test_the_embedded_task_reads_its_working():
 
 @pytest.fixture
 def undecided():
-    return Scripted({"9 + 9?\nA:": [f" The answer is {number}." for number in (18, 18, 18, 17, 16)]})
+    return Scripted({"9 + 9?\nA:": [f" The answer is {number}." for number in (18, 18, 18, 71, 60)]})
 
 
 def test_the_majority_of_sampled_answers_counts(undecided):
-    settings = dict(exemplars=EXEMPLARS, repeats=9, temperature=1.0, batch_size=4)
+    settings = dict(exemplars=EXEMPLARS, repeats=9, temperature=1.0)
     [found] = answered(undecided, [question("9 + 9?", "18")], **settings)
     said = found.detail["said"]
     assert said == [text[15:17] for text in found.detail["texts"]] and len({*said}) > 1
     assert found.detail["votes"] == {each: said.count(each) for each in said}
-    assert found.said == "18" == max(said, key=said.count) and found.right
+    assert found.said == max(said, key=said.count) and found.right == (found.said == "18")
     assert found.detail["right"] == [each == "18" for each in said]
-    assert max(undecided.rows) == 4
 
 
 def test_sampled_answers_depend_on_the_seed_and_the_question_alone(undecided):
-    questions = [question("9 + 9?", "18", number) for number in range(6)]
-    settings = dict(exemplars=EXEMPLARS, repeats=5, temperature=1.0)
+    questions, settings = sums(6), dict(exemplars=EXEMPLARS, repeats=5, temperature=1.0)
     found = answered(undecided, questions, **settings)
     assert answered(undecided, questions[3:4], **settings) == found[3:4]
-    assert answered(undecided, questions[::-1], **settings) == found[::-1]
+    assert answered(undecided, questions[::-1], batch_size=4, **settings) == found[::-1]
     assert len({tuple(each.detail["said"]) for each in found}) > 3
     assert answered(undecided, questions, seed=1, **settings) != found
 
 
 def test_of_answers_that_are_said_as_often_the_first_counts():
     model = Scripted({"9 + 9?\nA:": [" The answer is 18.", " The answer is 17.", " None."]})
-    questions = [question("9 + 9?", "18", number) for number in range(30)]
-    found = answered(model, questions, exemplars=EXEMPLARS[:1], repeats=2, temperature=1.0)
+    found = answered(model, sums(30), exemplars=EXEMPLARS[:1], repeats=2, temperature=1.0)
     for each in found:
         said = [x for x in each.detail["said"] if x is not None]
         assert each.said == (said[0] if said else None)
@@ -170,15 +172,14 @@ def test_of_answers_that_are_said_as_often_the_first_counts():
 
 
 def test_the_accuracy_of_each_repeat_is_told_beside_the_majoritys(undecided):
-    questions = [question("9 + 9?", "18", number) for number in range(5)]
-    found = answered(undecided, questions, exemplars=EXEMPLARS, repeats=3, temperature=1.0)
+    found = answered(undecided, sums(5), exemplars=EXEMPLARS, repeats=3, temperature=1.0)
     expected = [sum(each.detail["said"][repeat] == "18" for each in found) / 5 for repeat in range(3)]
     assert accuracy_of_repeats(found) == expected
 
 
 def test_a_second_prompt_follows_each_of_several_reasonings():
     script = {STEPS: [" nine", " ten"], f" nine{ASKED}": " 9", f" ten{ASKED}": " 10"}
-    [found] = answered(Scripted(script), [question("a", "9")], repeats=6, temperature=1.0, batch_size=2)
+    [found] = answered(Scripted(script), [question("a", "9")], repeats=6, temperature=1.0)
     expected = {" nine": "9", " ten": "10"}
     assert found.detail["said"] == [expected[text] for text in found.detail["texts"]]
     assert {*found.detail["said"]} == {"9", "10"}

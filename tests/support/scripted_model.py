@@ -27,23 +27,31 @@ class Scripted(LlamaForCausalLM):
                 **SIZES,
             )
         )
-        self.script = {cue: [texts] if isinstance(texts, str) else list(texts) for cue, texts in script.items()}
+        self.script = {
+            cue: [
+                [*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]
+                for text in ([said] if isinstance(said, str) else said)
+            ]
+            for cue, said in script.items()
+        }
         self.rows: list[int] = []  # of each pass
 
     def forward(self, input_ids, attention_mask=None, **_):
         self.rows.append(len(input_ids))
         logits = torch.full((*input_ids.shape, len(TOKENIZER)), -1e9)
         for row, ids in enumerate(input_ids):
-            for token in self._next(TOKENIZER.decode(ids, skip_special_tokens=True)):
+            for token in self._next(ids.tolist()):
                 logits[row, -1, token] = torch.logaddexp(logits[row, -1, token], torch.tensor(0.0))
         return CausalLMOutputWithPast(logits=logits[:, -1:])
 
-    def _next(self, said: str) -> list[int]:
-        """The next token of each text that goes on with what was said: of the cue that stands last in it."""
-        places = {said.rfind(cue) + len(cue): cue for cue in self.script if cue in said}
-        place = max(places)
-        begun = said[place:]
-        texts = [text for text in self.script[places[place]] if text.startswith(begun)]
-        assert texts, f"the script does not go on behind {said!r}"
-        left = [text[len(begun) :] for text in texts]
-        return [TOKENIZER(text)["input_ids"][0] if text else TOKENIZER.eos_token_id for text in left]
+    def _next(self, ids: list[int]) -> list[int]:
+        """The next token of each text that goes on as was begun behind the last cue."""
+        if ids[-1] == TOKENIZER.eos_token_id:  # of a row that has ended before others
+            return ids[-1:]
+        for place in range(len(ids), 0, -1):
+            said = TOKENIZER.decode(ids[:place], skip_special_tokens=True)
+            for cue, texts in self.script.items():
+                if said.endswith(cue):
+                    begun = ids[place:]
+                    return [text[len(begun)] for text in texts if text[: len(begun)] == begun]
+        raise AssertionError(f"the script has no cue for {said!r}")
