@@ -6,11 +6,13 @@ This file needs the extra ``eval``; :mod:`qstar.evaluation.harness` is the door 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -61,6 +63,7 @@ class QuietStarLM(HFLM):
                 raise ValueError(f"{name} is {options[name]!r}, but a model that thinks cannot have it: leave it out")
         if str(options.get("batch_size", 1)).startswith("auto"):
             raise ValueError(f"batch_size is {options['batch_size']!r}, but it must be a number: none is looked for")
+        options = {"device": "cuda" if torch.cuda.is_available() else "cpu"} | options
         super().__init__(str(pretrained) if isinstance(pretrained, Path) else pretrained, **options)
         if self.backend != "causal":
             raise ValueError(f"{type(self.model).__name__} is a {self.backend} model, but it must be a causal one")
@@ -82,6 +85,8 @@ class QuietStarLM(HFLM):
         if not (Path(pretrained) / CONFIG_FILE).is_file():
             super()._create_model(pretrained, **options)
             return
+        for name in options.keys() - inspect.signature(HFLM._create_model).parameters:
+            raise ValueError(f"{name} is {options[name]!r}, but the folder of a model that thinks is read without it")
         self._model, _ = load(
             pretrained, dtype=options["dtype"] or "auto", trust_remote_code=bool(options["trust_remote_code"])
         )

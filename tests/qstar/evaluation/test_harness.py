@@ -240,12 +240,14 @@ def test_folders_of_every_kind_are_loaded(tmp_path, tasks):
         (tmp_path / "adapted", False, adapted),
         (base, False, AutoModelForCausalLM.from_pretrained(base)),
     ):
-        row = QuietStarLM(path, device="cpu", batch_size=4)
+        row = QuietStarLM(path, batch_size=4)
         assert row.thinks is thinks
         tokenizer = row.tokenizer
         again = QuietStarLM(same, tokenizer=tokenizer, batch_size=4)
         requests = [(None, [5, 6, 7], [8, 9])]
         assert row._loglikelihood_tokens(requests, True) == again._loglikelihood_tokens(requests, True)
+    with pytest.raises(ValueError, match="attn_implementation is 'eager', but the folder of a model that thinks"):
+        QuietStarLM(folder, attn_implementation="eager")
 
 
 def test_what_is_run_says_how_the_model_thought(model, tasks):
