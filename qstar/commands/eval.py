@@ -18,7 +18,7 @@ from qstar.config import CONFIG_FILE, QuietStarConfig
 from qstar.data import DataSettings
 from qstar.data.load import check_name
 from qstar.embedded.sums import SUMS
-from qstar.evaluation.harness import evaluate_with_harness, harness_table
+from qstar.evaluation.harness import check_harness, evaluate_with_harness, harness_table
 from qstar.evaluation.held_out import evaluate
 from qstar.evaluation.plots import draw_report
 from qstar.evaluation.record import write_report
@@ -56,6 +56,8 @@ def run(arguments: list[str]) -> None:
         parser.error(f"--{next(iter(of_harness)).replace('_', '-')} is given, but --lm-eval is not")
     if dataset is not None:
         check_name(dataset, "dataset")
+    if harness:
+        check_harness(harness.split(","), of_harness.get("include_path"))
 
     model, tokenizer = any_model(name)
     if held_out and not isinstance(model, QuietStarModel):

@@ -34,6 +34,19 @@ def lm_eval() -> ModuleType:
     return lm_eval
 
 
+def check_harness(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
+    """Refuse tasks that :func:`evaluate_with_harness` would refuse, before a model is loaded.
+
+    Raises:
+        ValueError: lm-eval is not installed; there is no such task.
+    """
+    found_tasks(_manager(include_path), tasks)
+
+
+def _manager(include_path: str | Path | None) -> Any:
+    return lm_eval().tasks.TaskManager(include_path=None if include_path is None else str(include_path))
+
+
 def evaluate_with_harness(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -70,7 +83,7 @@ def evaluate_with_harness(
     harness = lm_eval()
     from qstar.evaluation.harness_model import QuietStarLM
 
-    manager = harness.tasks.TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = _manager(include_path)
     wanted = found_tasks(manager, tasks)
     rows = {WITHOUT: False} | ({OWN_THOUGHTS: True} if isinstance(model, QuietStarModel) else {})
     results = {}

@@ -5,7 +5,6 @@ This file needs the extra ``eval``; :mod:`qstar.evaluation.harness` is the door 
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from collections import Counter
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 import qstar
 from qstar import adapters
 from qstar.config import CONFIG_FILE
+from qstar.evaluation.sampling import seed_of_repeat
 from qstar.evaluation.scoring import OWN, Request, score_requests
 from qstar.model import QuietStarModel
 from qstar.wrapping import load
@@ -150,17 +150,13 @@ class QuietStarLM(HFLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         if self.thinks:
             options |= dict(
-                think=True, thought_temperature=self.thought_temperature, thought_seed=self._seed_of_repeat()
+                think=True,
+                thought_temperature=self.thought_temperature,
+                thought_seed=seed_of_repeat(self.thought_seed, self._repeat),
             )
         elif isinstance(self.model, QuietStarModel):
             options["think"] = False
         return super()._model_generate(context, max_length, stop, **options)
-
-    def _seed_of_repeat(self) -> int:
-        """The given one for the first; for others one that no neighbouring seed has."""
-        if not self._repeat:
-            return self.thought_seed
-        return int.from_bytes(hashlib.sha256(f"{self.thought_seed} {self._repeat}".encode()).digest()[:7])
 
     def get_model_info(self) -> dict[str, Any]:
         """What HFLM says of a model, and how it thinks."""

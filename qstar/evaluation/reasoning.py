@@ -7,7 +7,6 @@ majority of several answers is that of Wang et al. (2022, arXiv 2203.11171).
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qstar.evaluation.answers import Reading
 from qstar.evaluation.questions import Question
 from qstar.evaluation.report import Answered
-from qstar.evaluation.sampling import SeededSearch
+from qstar.evaluation.sampling import SeededSearch, seed_of_repeat
 from qstar.evaluation.tasks import Task
 from qstar.generation.model import GeneratingModel
 from qstar.generation.settings import GenerationSettings
@@ -182,7 +181,7 @@ class _Reasoner:
 
     def _said(self, prompts: Sequence[str], repeat: int, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
         """What is said to each prompt, up to where another question begins."""
-        seed = _seed(self.settings.seed, repeat)
+        seed = seed_of_repeat(self.settings.seed, repeat)
         search = SeededSearch(
             do_sample=False,
             max_new_tokens=max_new_tokens,
@@ -196,14 +195,9 @@ class _Reasoner:
     def _continuations(self, repeat: int, search: SearchSettings) -> Continuations:
         thinking = self.settings.thinking
         if repeat and thinking.thought_temperature:
-            thinking = replace(thinking, thought_seed=_seed(thinking.thought_seed, repeat))
+            thinking = replace(thinking, thought_seed=seed_of_repeat(thinking.thought_seed, repeat))
         return Continuations(self.model, self.tokenizer, thinking, search)
 
 
 def _before(text: str, stops: Sequence[str]) -> str:
     return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
-
-
-def _seed(seed: int, repeat: int) -> int:
-    """Another seed for each repeat, below 2^64."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {repeat}".encode()).digest()[:8], "big")

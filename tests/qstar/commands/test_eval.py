@@ -106,6 +106,7 @@ def test_columns_of_a_file_have_their_names(root, capsys, tmp_path):
         (["--tasks", "sums,sums"], 1, "tasks name 'sums' twice"),
         (["--tasks", "no.jsonl"], 1, "task is 'no.jsonl', but there is no such file"),
         (["--tasks", "sums", "--max-questions", "0"], 1, "max_questions is 0, but it must be an integer of at least 1"),
+        (["--lm-eval", "no_such_task"], 1, "tasks name 'no_such_task', but the harness has no such task"),
         (["--dataset", "a.txt", "--answer-column", "x"], 1, "answer_column is given, but tasks name no file"),
     ],
 )
