@@ -14,8 +14,8 @@ from qstar.prompting.settings import SearchSettings, padding_token
 
 
 def seed_of_repeat(seed: int, repeat: int) -> int:
-    """The given one for the first repeat, from 0; for others below 2^56 one that no neighbouring seed has."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {repeat}".encode()).digest()[:7]) if repeat else seed
+    """The given one for the first repeat, from 0; for others below 2^64 one that no neighbouring seed has."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {repeat}".encode()).digest()[:8]) if repeat else seed
 
 
 @dataclass(kw_only=True)
