@@ -99,7 +99,7 @@ def score_requests(
         thoughts: ``"own"``: the model's; or those to read instead, for each request ``[L, K]`` int64; None: it does not
             think.
         permitted: tokens that an answer may hold; all by default.
-        batch_size: requests at a time.
+        batch_size: texts that are read at a time.
         temperature: thoughts are sampled at; greedy by default.
         seed: of sampled thoughts.
         repeat: which of several samples of the thoughts.
@@ -122,19 +122,25 @@ def score_requests(
     if thoughts is not None and thoughts != OWN:
         _check_thoughts(model, requests, thoughts)
     permits = None if permitted is None else torch.tensor(sorted(set(permitted)))
-    order = sorted(range(len(requests)), key=lambda number: -len(requests[number].tokens))
+    alike: dict[Any, list[int]] = {}  # requests that are read alike: choices of one token behind the same question
+    for number, request in enumerate(requests):
+        given = thoughts is not None and thoughts != OWN
+        key = number if given else (len(request.continuation), *request.tokens)
+        alike.setdefault(key, []).append(number)
+    order = sorted(alike.values(), key=lambda numbers: -len(requests[numbers[0]].tokens))
     for begin in range(0, len(order), batch_size):
-        numbers = order[begin : begin + batch_size]
-        here = [requests[number] for number in numbers]
+        groups = order[begin : begin + batch_size]
+        here = [requests[numbers[0]] for numbers in groups]
         with evaluating(model):
             if isinstance(model, QuietStarModel):
-                given = thoughts if thoughts is None or thoughts == OWN else [thoughts[number] for number in numbers]
+                read = thoughts if thoughts is None or thoughts == OWN else [thoughts[first] for first, *_ in groups]
                 sampling = dict(temperature=temperature, seed=seed, repeat=repeat)
-                passes = _logits_after_thoughts(model, here, given, sampling)
+                passes = _logits_after_thoughts(model, here, read, sampling)
             else:
                 passes = _plain_logits(model, here)
-            for number, (logits, read) in zip(numbers, passes, strict=True):
-                yield number, _scores(logits, requests[number].continuation, permits, read)
+            for numbers, (logits, thought) in zip(groups, passes, strict=True):
+                for number in numbers:
+                    yield number, _scores(logits, requests[number].continuation, permits, thought)
 
 
 def _check_thoughts(model: nn.Module, requests: Sequence[Request], thoughts: Sequence[Tensor]) -> None:

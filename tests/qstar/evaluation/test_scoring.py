@@ -129,6 +129,25 @@ def test_thoughts_are_those_of_generate():
     assert scores.best.all() and scores.top.tolist() == said
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("thinks", [True, False])
+def test_choices_of_one_token_behind_the_same_question_are_read_once(thinks):
+    model = tiny.thinking_model(thought_tokens=2, ahead_tokens=1) if thinks else tiny.plain_model("llama")
+    choices = [Request([5, 9, 11], [token]) for token in (7, 8, 13)]
+    others = [Request([5, 9], [11]), Request([5, 9], [11, 7])]  # the second reads the tokens of the choices
+    rows = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["inputs_embeds" if thinks else "input_ids"].shape[0]),
+        with_kwargs=True,
+    )
+    found = dict(score_requests(model, [*choices, *others], thoughts="own" if thinks else None))
+    hook.remove()
+    assert set(rows) == {3}, "of five requests"
+    for number, request in enumerate([*choices, *others]):
+        [(_, alone)] = score_requests(model, [request], thoughts="own" if thinks else None)
+        torch.testing.assert_close(found[number].log_prob, alone.log_prob, rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_scored_is_refused():
     model = tiny.thinking_model(thought_tokens=2, ahead_tokens=1)
     plain = tiny.plain_model("llama")
