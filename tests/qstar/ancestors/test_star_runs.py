@@ -117,7 +117,9 @@ def test_a_run_goes_on_only_as_it_began(tmp_path, monkeypatch):
     run(tmp_path)
     with pytest.raises(FileExistsError, match="holds an earlier run: go on with it by resume=True"):
         run(tmp_path)
-    with pytest.raises(ValueError, match=r"settings is .*'seed': 1.* began with .*'seed': 0.*: it can only go on as it"):
+    with pytest.raises(
+        ValueError, match=r"settings is .*'seed': 1.* began with .*'seed': 0.*: it can only go on as it"
+    ):
         run(tmp_path, resume=True, seed=1)
     with pytest.raises(ValueError, match=r"questions is .* began with .*: it can only go on as it began"):
         run(tmp_path, resume=True, questions=QUESTIONS[1:])
