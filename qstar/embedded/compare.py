@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 from qstar.ancestors.rationales import attempt
 from qstar.ancestors.shares import shown
 from qstar.ancestors.star import BEGUN_FILE, StarResult, star
-from qstar.ancestors.wording import Wording
+from qstar.ancestors.wording import Wording, is_right
 from qstar.config import check_names, setting, setting_names
 from qstar.cpu import one_thread
 from qstar.data import pack
@@ -245,6 +245,7 @@ class _Comparing:
             [WORDING.ask(each) for each in questions],
             questions,
             WORDING,
+            is_right,
             self.folder / f"{name.replace(' ', '-').replace(',', '')}.jsonl",
             numbers=range(len(questions)),
             max_new_tokens=STAR["max_new_tokens"],
