@@ -30,6 +30,8 @@ class ThoughtSettings:
         ahead_tokens: m, text tokens that a thought is scored on.
         rationales: r, thoughts at each position in training.
         sigmoid: hold the mixing weight in 0..1; unbounded by default, as in the authors' code.
+        pauses: nothing is sampled, and every thought is K times the token that opens it: what a model gains by such
+            pauses it gains by computing for longer (Goyal et al., 2023, arXiv 2310.02226), not by what it thinks.
         start_token: the token that opens a thought.
         end_token: the token that closes it.
         start_init: text whose embedding (the mean, where it is several tokens) the start token begins with; empty or
@@ -43,6 +45,7 @@ class ThoughtSettings:
     ahead_tokens: int = setting(4, "m: text tokens that a thought is scored on.")
     rationales: int = setting(2, "r: thoughts at each position in training.")
     sigmoid: bool = setting(False, "Hold the mixing weight in 0..1; unbounded otherwise.")
+    pauses: bool = setting(False, "Sample nothing: every thought is K times the token that opens it, a pause.")
     start_token: str = setting("<|startthought|>", "The token that opens a thought.")
     end_token: str = setting("<|endthought|>", "The token that closes a thought.")
     start_init: str | None = setting("---", "Text whose embedding the start token begins with; empty for the mean.")
@@ -53,8 +56,10 @@ class ThoughtSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, but it must be an integer of at least 1")
-        if not isinstance(self.sigmoid, bool):
-            raise ValueError(f"sigmoid is {self.sigmoid!r}, but it must be True or False")
+        for name in ("sigmoid", "pauses"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}, but it must be True or False")
         for name in ("start_init", "end_init"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):

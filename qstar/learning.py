@@ -130,6 +130,8 @@ class Objective:
         whole = counted.all(-1)
         with record_function("qstar::learn"):
             advantage = self.advantage(spoken, grid) * whole[..., None]
+            if model.qstar.pauses:  # nobody has chosen them
+                advantage = torch.zeros_like(advantage)
             policy_loss = self.policy_loss(model, spoken.policy, thoughts, advantage, whole)
         return QuietStarOutput(
             loss=spoken.loss + self.policy_weight * policy_loss,

@@ -174,6 +174,12 @@ class QuietStarModel(_Decoder):
         dtype = compute_dtype(head.weight) if head.weight.dtype == torch.float32 else head.weight.dtype
         return LanguageHead(head.weight, head.bias, scale, softcap, forbidden, dtype)
 
+    def next_of_thoughts(self, head: LanguageHead, hidden: Tensor, **sampling: Any) -> Tensor:
+        """The tokens ``[R]`` int64 that thoughts go on with at states ``[R, E]``: pauses, or what ``head`` samples."""
+        if self.qstar.pauses:
+            return self.qstar_forbidden[:1].to(hidden.device).expand(len(hidden))  # the token that opens a thought
+        return head.sample(hidden, **sampling)
+
     def add_adapter(self, adapter_config: LoraConfig, adapter_name: str | None = None) -> None:
         """Put adapters into the decoder; they, the mixing head and the thought embeddings learn, and nothing else.
 

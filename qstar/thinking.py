@@ -135,7 +135,7 @@ class Thinking:
 
     def __call__(self) -> None:
         hidden = advance(self.model, self.reading, self.step, self.tokens)
-        tokens = self.head.sample(hidden.flatten(0, 2), step=self.step, **self.sampling)
+        tokens = self.model.next_of_thoughts(self.head, hidden.flatten(0, 2), step=self.step, **self.sampling)
         self.tokens.copy_(tokens.view_as(self.tokens))
         self.thoughts.index_copy_(-1, self.step[None], self.tokens[..., None])
         self.step += 1
@@ -169,7 +169,7 @@ def think(
             their last token, and none from before. By default the text is read here.
 
     Returns:
-        Sampled tokens ``[B, Nq, r, K]`` int64; the start and end tokens are never among them.
+        Sampled tokens ``[B, Nq, r, K]`` int64; the start and end tokens are never among them, but where all are pauses.
 
     Raises:
         ValueError: ``last`` is not a number of positions of the text; ``reading`` is of another text or has another
@@ -187,6 +187,9 @@ def think(
             raise ValueError(f"reading has room for (r, T) = {room}, but grid asks for {asked}")
     if last is not None and not 1 <= last <= length:
         raise ValueError(f"last is {last}, but it must be in 1..{length}, the positions of the text")
+    if model.qstar.pauses and reading is None:  # no state is needed to know them
+        shape = len(text.tokens), length if last is None else last, grid.rationales, grid.thought_tokens
+        return text.tokens.new_full(shape, model.qstar.start_token_id)
     with record_function("qstar::think"), evaluating(model):
         if reading is None:
             reading = read_text(model, text, grid)

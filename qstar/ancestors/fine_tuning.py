@@ -12,11 +12,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_callback import ProgressCallback
 
 from qstar.ancestors.settings import StarSettings
 from qstar.config import CONFIG_FILE
 from qstar.data import PadRight
 from qstar.model import QuietStarModel
+from qstar.training.callbacks import ProgressLine
 from qstar.training.settings import QuietStarArguments
 from qstar.training.trainer import QuietStarTrainer
 from qstar.wrapping import load
@@ -50,6 +52,7 @@ def fine_tune(
     beside = folder.with_name(f"partial-{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
     model = copy.deepcopy(original)
+    memory: dict[str, Any] = {"gradient_checkpointing": True} if settings.gradient_checkpointing else {}
     args = QuietStarArguments(
         output_dir=str(folder.parent),
         max_steps=steps,
@@ -65,11 +68,13 @@ def fine_tune(
         logging_steps=steps,
         sample_steps=0,
         gradient_norm_steps=0,
-        **({"gradient_checkpointing": True} if settings.gradient_checkpointing else {}),
+        **memory,
     )
     kind = cast(Any, QuietStarTrainer if isinstance(model, QuietStarModel) else Trainer)
     collator = PadRight(tokenizer.pad_token_id or 0)
     trainer = kind(model, args, train_dataset=rows, data_collator=collator, processing_class=tokenizer)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ProgressLine)
     loss = float(trainer.train().training_loss)
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)

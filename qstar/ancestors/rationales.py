@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qstar.ancestors.wording import Wording, is_right
+from qstar.ancestors.wording import Wording
 from qstar.evaluation.questions import Question
 from qstar.generation.settings import GenerationSettings
 from qstar.grid import IGNORED
@@ -64,6 +64,7 @@ def attempt(
     prompts: Sequence[str],
     questions: Sequence[Question],
     wording: Wording,
+    is_right: Callable[[str, Question], bool],
     path: Path,
     *,
     numbers: Sequence[int],
@@ -79,6 +80,7 @@ def attempt(
         prompts: one for each question.
         questions: what was asked.
         wording: that the answers are read by.
+        is_right: whether an answer is the question's.
         path: lines of JSON, an :class:`Attempt` each.
         numbers: of the questions.
         max_new_tokens: of what is said.

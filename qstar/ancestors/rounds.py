@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,13 @@ class Rounds:
         held_out: tuple[Question, ...],
         exemplars: tuple[Question, ...],
         wording: Wording,
+        is_right: Callable[[str, Question], bool],
         settings: StarSettings,
         folder: Path,
     ):
         self.original, self.tokenizer = original, tokenizer
         self.questions, self.held_out, self.exemplars = questions, held_out, exemplars
-        self.wording, self.settings, self.folder = wording, settings, folder
+        self.wording, self.is_right, self.settings, self.folder = wording, is_right, settings, folder
         self._latest: tuple[int, PreTrainedModel] = 0, original
 
     def run(self) -> tuple[int | None, list[Round]]:
@@ -164,6 +165,7 @@ class Rounds:
             [self.wording.ask(each, self.exemplars, hinted=hinted) for each in asked],
             asked,
             self.wording,
+            self.is_right,
             path,
             numbers=numbers,
             max_new_tokens=self.settings.max_new_tokens,

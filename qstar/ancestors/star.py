@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from qstar.ancestors.fine_tuning import read_trained
 from qstar.ancestors.rounds import REPORT_FILE, Round, Rounds, write_json
 from qstar.ancestors.settings import StarSettings
 from qstar.ancestors.shares import shown
-from qstar.ancestors.wording import Wording
+from qstar.ancestors.wording import Wording, is_right
 from qstar.config import check_names, setting_names
 from qstar.evaluation.questions import Question, Questions
 from qstar.evaluation.tables import table
@@ -90,6 +90,7 @@ def star(
     output_dir: str | Path | None = None,
     resume: bool = False,
     wording: Wording | None = None,
+    is_right: Callable[[str, Question], bool] = is_right,
     **settings: Any,
 ) -> StarResult:
     """Bootstrap a model's reasoning from the rationales of its own that reach the right answer.
@@ -104,6 +105,8 @@ def star(
         output_dir: folder for the result; ``runs/star`` by default.
         resume: go on with the run in ``output_dir``, whenever it was killed: what comes is the same, bit for bit.
         wording: how questions are put and answers read; the defaults of :class:`Wording` where None.
+        is_right: whether an answer that was read is the question's; by default as they are written, but for case,
+            space, ``$``, commas and a full stop.
         settings: any field of :class:`qstar.ancestors.settings.StarSettings`.
 
     Raises:
@@ -136,7 +139,7 @@ def star(
         if has_adapters(original):
             raise ValueError("model has adapters, but each round trains a whole model: merge them first")
         _begin(folder, json.loads(json.dumps(begun)), resume)
-        rounds = Rounds(original, tokenizer, asked, withheld, tuple(exemplars), wording, made, folder)
+        rounds = Rounds(original, tokenizer, asked, withheld, tuple(exemplars), wording, is_right, made, folder)
         return _result(rounds, begun)
 
 

@@ -31,7 +31,7 @@ class Wording:
     )
     exemplar: str = setting(" {rationale} The answer is {answer}.\n\n", "What stands behind an exemplar's prompt.")
     answer_pattern: str = setting(
-        r"[Tt]he answer is:? \$?(-?\w[\w.,]*)",
+        r"[Tt]he answer is:? \(?\$?(-?\w[\w.,]*)\)?\.?",
         "A regular expression whose group is the answer; its first match counts.",
     )
     stop: tuple[str, ...] = setting(("\nQ:",), "A text that ends what is said; may be repeated.")

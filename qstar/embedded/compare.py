@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from qstar.ancestors.pause import PauseTrainer, pauses
 from qstar.ancestors.rationales import attempt
 from qstar.ancestors.shares import shown
 from qstar.ancestors.star import BEGUN_FILE, StarResult, star
-from qstar.ancestors.wording import Wording
+from qstar.ancestors.wording import Wording, is_right
 from qstar.config import check_names, setting, setting_names
 from qstar.cpu import one_thread
 from qstar.data import pack
@@ -54,7 +52,7 @@ WORDING = Wording(
 )
 TRAINING: dict[str, Any] = SETTINGS | dict(policy_weight=10.0, sample_steps=0, logging_steps=50, curves=False)
 STAR: dict[str, Any] = dict(
-    patience=3, learning_rate=1e-3, warmup_steps=10, train_batch_size=32, max_new_tokens=8, batch_size=250
+    patience=5, learning_rate=1e-3, warmup_steps=10, train_batch_size=32, max_new_tokens=8, batch_size=250
 )
 
 
@@ -161,21 +159,18 @@ class _Comparing:
         self.rows: list[Row] = []
 
     def result(self) -> Comparison:
-        base = wrap(copy.deepcopy(self.base), self.tokenizer, start_init=WORKING, end_init=EQUALS, **SIZES)
-        self._direct("base, direct", base, seconds=0)
+        self._direct("base, direct", self._wrapped(), seconds=0)
         self._reasoned("base, chain of thought", self.base, steps=0, seconds=0)
         print("2/5  it learns to answer directly, without and with pause tokens")
-        plain, seconds = self._learn("direct", PlainTrainer, base)
-        self._direct("trained on answers, direct", plain, seconds)
-        paused, seconds = self._learn("pause", PauseTrainer, base)
-        fixed = pauses(paused, len(self.asked.questions))
-        self._direct("trained with pause tokens", paused, seconds, thinking=True, thoughts=fixed)
+        self._direct("trained on answers, direct", *self._learn("direct", PlainTrainer))
+        paused, seconds = self._learn("pause", QuietStarTrainer, pauses=True, rationales=1)
+        self._direct("trained with pause tokens", paused, seconds, thinking=True)
         rounds = {}
         for number, (name, rationalise) in enumerate((("STaR without hints", False), ("STaR with hints", True)), 3):
             print(f"{number}/5  {name}: it learns from its own workings")
             rounds[name] = self._bootstrap(name, rationalise)
         print("5/5  Quiet-STaR: it learns to think")
-        thinking, seconds = self._learn("quiet-star", QuietStarTrainer, base)
+        thinking, seconds = self._learn("quiet-star", QuietStarTrainer)
         self._direct("Quiet-STaR, without thoughts", thinking, seconds)
         self._direct("Quiet-STaR, with its thoughts", thinking, seconds, thinking=True)
 
@@ -186,7 +181,12 @@ class _Comparing:
             draw_comparison(report, rounds, self.folder / PLOT_FILE)
         return found
 
-    def _learn(self, name: str, trainer: type[QuietStarTrainer], base: QuietStarModel) -> tuple[QuietStarModel, int]:
+    def _wrapped(self, **thoughts: Any) -> QuietStarModel:
+        """A copy of the base that can think."""
+        base = copy.deepcopy(self.base)
+        return wrap(base, self.tokenizer, start_init=WORKING, end_init=EQUALS, **(SIZES | thoughts))
+
+    def _learn(self, name: str, trainer: type[QuietStarTrainer], **thoughts: Any) -> tuple[QuietStarModel, int]:
         """A copy of the base that was trained on problems with their answers, and the seconds it took."""
         began = time.monotonic()
         args = QuietStarArguments(
@@ -196,7 +196,7 @@ class _Comparing:
         set_seed(args.seed)
         texts = [f"{each.text} {EQUALS} {each.answer}" for each in self.trained.questions]
         rows = pack(Dataset.from_dict({args.text_column: texts}), self.tokenizer, args.seq_length, args.text_column)
-        model = copy.deepcopy(base)
+        model = self._wrapped(**thoughts)
         trainer(model, args, train_dataset=rows, processing_class=self.tokenizer).train()
         model.save_pretrained(args.folder)
         self.tokenizer.save_pretrained(args.folder)
@@ -223,20 +223,12 @@ class _Comparing:
         self._reasoned(name, found.model, steps, round(time.monotonic() - began))
         return found
 
-    def _direct(
-        self,
-        name: str,
-        model: QuietStarModel,
-        seconds: int,
-        *,
-        thinking: bool = False,
-        thoughts: Tensor | None = None,
-    ) -> None:
+    def _direct(self, name: str, model: QuietStarModel, seconds: int, *, thinking: bool = False) -> None:
         """A row of answers that stand right behind the question, scored over the digits."""
         prompts = [self.tokenizer(f"{each.text} {EQUALS}")["input_ids"] for each in self.asked.questions]
         asked = problems(1, 0, self.tokenizer)
         digits = torch.tensor(asked.choices)
-        log_probs = choice_log_probs(model, torch.tensor(prompts), digits, thinking=thinking, thoughts=thoughts)
+        log_probs = choice_log_probs(model, torch.tensor(prompts), digits, thinking=thinking)
         answers = []
         for row, question in zip(log_probs, self.asked.questions, strict=True):
             said, right = str(int(row.argmax())), int(question.answer)
@@ -253,6 +245,7 @@ class _Comparing:
             [WORDING.ask(each) for each in questions],
             questions,
             WORDING,
+            is_right,
             self.folder / f"{name.replace(' ', '-').replace(',', '')}.jsonl",
             numbers=range(len(questions)),
             max_new_tokens=STAR["max_new_tokens"],

@@ -153,9 +153,8 @@ class Reader:
         ends = torch.full_like(positions, self.model.qstar.end_token_id)
         queries, thoughts = positions.shape[1], []
         for step in range(self.thought_tokens):
-            token = self.head.sample(
-                state.flatten(0, 1), seed=self.seed, step=step, rows=rows, temperature=self.temperature
-            ).view_as(positions)
+            sampling = dict(seed=self.seed, step=step, rows=rows, temperature=self.temperature)
+            token = self.model.next_of_thoughts(self.head, state.flatten(0, 1), **sampling).view_as(positions)
             thoughts.append(token)
             tokens, at = [token], [step + 1]
             if len(thoughts) == self.thought_tokens:

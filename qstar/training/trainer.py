@@ -85,7 +85,8 @@ class QuietStarTrainer(CheckpointTrainer):
             )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine)
-        self.add_callback(CollapseWarning)
+        if not model.qstar.pauses:
+            self.add_callback(CollapseWarning)
         self.objective: Objective = args.objective()
         if self.is_deepspeed_enabled:
             self.objective = replace(self.objective, max_grid_tokens=None)

@@ -17,6 +17,7 @@ CHANGED = dict(
     ahead_tokens=2,
     rationales=1,
     sigmoid=True,
+    pauses=True,
     start_token="<think>",
     end_token="</think>",
     start_init="a b",
@@ -67,6 +68,7 @@ def test_a_wrong_size_is_named(name, value):
     ("settings", "message"),
     [
         (dict(sigmoid="no"), "sigmoid is 'no', but it must be True or False"),
+        (dict(pauses=1), "pauses is 1, but it must be True or False"),
         (dict(start_init=3), "start_init is 3, but it must be a text, or None for the mean of the vocabulary"),
         (dict(start_token=""), "start_token is '', but it must be the text of a token"),
         (dict(end_token=7), "end_token is 7, but it must be the text of a token"),

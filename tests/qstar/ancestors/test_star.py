@@ -147,5 +147,12 @@ def test_a_later_round_that_solves_nothing_ends_it(monkeypatch, tmp_path, caplog
     assert "round 2 solves no question any more" in caplog.text
 
 
+def test_what_is_right_may_be_judged_otherwise(script, tmp_path):
+    """Here whatever is said to one question, and nothing else."""
+    result = run(tmp_path, is_right=lambda answer, question: question.text == "b c", rationalise=False)
+    assert result.rounds[0].solved == 1
+    assert [each["completion"] for each in lines(tmp_path / "run/round-01/rationales.jsonl")] == [" m z m"]
+
+
 def _rationales(tmp_path):
     return tmp_path / "run" / "round-01" / "rationales.jsonl"

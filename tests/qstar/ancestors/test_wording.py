@@ -30,6 +30,7 @@ def test_a_question_stands_behind_its_exemplars_and_has_a_hint_where_one_is_aske
         (" So the answer is $1,234.50 a day", (" So the answer is $1,234.50", "1,234.50")),
         (" the answer is: -7", (" the answer is: -7", "-7")),
         (" the answer is B.", (" the answer is B.", "B.")),
+        (" the answer is (B). So", (" the answer is (B).", "B")),
         (" 18", None),
         ("", None),
     ],
