@@ -21,7 +21,7 @@ from qstar.cpu import one_thread
 from qstar.data import pack
 from qstar.embedded.pretrain import pretrained_model
 from qstar.embedded.task import EQUALS, WORKING, Problems, documents, problems
-from qstar.evaluation.choices import choice_log_probs
+from qstar.evaluation.scoring import OWN, Request, Thoughts, score_requests
 from qstar.evaluation.tables import table
 from qstar.model import QuietStarModel
 from qstar.talking import text_loss
@@ -39,6 +39,7 @@ REPORT_FILE = "report.json"
 PROBLEMS_FILE = "problems.jsonl"
 PROBLEMS = 500
 WRITTEN_PROBLEMS = 200
+BATCH = 100  # problems that are answered at a time
 
 REFUSED = (
     *("model", "dataset", "tokenizer", "eval_dataset", "resume_from_checkpoint"),
@@ -118,8 +119,8 @@ def _train_and_compare(folder: Path, thoughts: dict[str, Any], settings: dict[st
     plain = copy.deepcopy(model)
     asked = problems(PROBLEMS, args.seed, tokenizer)
     scores = {
-        "before, without thoughts": score(model, asked, thinking=False),
-        "before, with untrained thoughts": score(model, asked, thinking=True),
+        "before, without thoughts": score(model, asked, None),
+        "before, with untrained thoughts": score(model, asked, OWN),
     }
 
     print("2/4  it learns to think")
@@ -137,10 +138,10 @@ def _train_and_compare(folder: Path, thoughts: dict[str, Any], settings: dict[st
     print("4/4  both answer problems that they have not seen")
     digits = random_digits(asked, model.qstar.thought_tokens, args.seed)
     scores |= {
-        "plain training, without thoughts": score(plain, asked, thinking=False),
-        "trained to think, without thoughts": score(model, asked, thinking=False),
-        "trained to think, random digits as thoughts": score(model, asked, thinking=True, thoughts=digits),
-        "trained to think, with its thoughts": score(model, asked, thinking=True),
+        "plain training, without thoughts": score(plain, asked, None),
+        "trained to think, without thoughts": score(model, asked, None),
+        "trained to think, random digits as thoughts": score(model, asked, list(digits[:, None])),
+        "trained to think, with its thoughts": score(model, asked, OWN),
     }
     seconds = round(time.monotonic() - began)
     report = {name: asdict(value) for name, value in scores.items()}
@@ -182,15 +183,16 @@ def write_problems(path: Path, asked: Problems, tokenizer: PreTrainedTokenizerBa
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def score(model: QuietStarModel, asked: Problems, *, thinking: bool, thoughts: Tensor | None = None) -> Score:
-    """How ``model`` answers, see :func:`qstar.evaluation.choices.choice_log_probs`."""
-    choices, answers = torch.tensor(asked.choices), torch.tensor(asked.answers)
-    log_probs = choice_log_probs(model, torch.tensor(asked.prompts), choices, thinking=thinking, thoughts=thoughts)
-    right = log_probs[choices[None] == answers[:, None]]
+def score(model: QuietStarModel, asked: Problems, thoughts: Thoughts) -> Score:
+    """How ``model`` answers, see :func:`qstar.evaluation.scoring.score_requests`."""
+    requests = [Request(prompt, [answer]) for prompt, answer in zip(asked.prompts, asked.answers, strict=True)]
+    found = score_requests(model, requests, thoughts=thoughts, permitted=asked.choices, batch_size=BATCH)
+    scores = [each for _, each in found]
+    right = torch.stack([each.permitted_log_prob[0] for each in scores])
     return Score(
         log_likelihood=right.mean().item(),
         probability=right.exp().mean().item(),
-        accuracy=(choices[log_probs.argmax(-1)] == answers).float().mean().item(),
+        accuracy=sum(bool(each.permitted_best) for each in scores) / len(scores),
     )
 
 
