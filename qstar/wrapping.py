@@ -50,7 +50,7 @@ def wrap(
         tokenizer: its tokenizer; start and end tokens are added to it where it lacks them.
         check: compare a tiny packed pass with the model's own before anything is trained.
         settings: any field of :class:`qstar.config.ThoughtSettings`: ``thought_tokens``, ``ahead_tokens``,
-            ``rationales``, ``sigmoid``, ``start_token``, ``end_token``, ``start_init``, ``end_init``.
+            ``rationales``, ``sigmoid``, ``pauses``, ``start_token``, ``end_token``, ``start_init``, ``end_init``.
 
     Returns:
         ``model`` itself, now of a subclass of its class.
