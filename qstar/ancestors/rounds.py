@@ -24,9 +24,9 @@ from qstar.ancestors.rationales import (
     write_rationales,
 )
 from qstar.ancestors.settings import StarSettings
-from qstar.ancestors.shares import shown
 from qstar.ancestors.wording import Wording
 from qstar.evaluation.questions import Question
+from qstar.evaluation.report import percent, share_right
 from qstar.evaluation.tables import finite_or_none
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ class Rounds:
 
     def _say(self, done: Round) -> None:
         hints = f" and {done.rationalised} more with a hint" if self.settings.rationalise else ""
-        after = "" if done.right is None else f"; held out {shown(done.right, len(self.held_out))}"
+        after = "" if done.right is None else f"; held out {percent(share_right(done.right, len(self.held_out)))}"
         print(f"round {done.number}: {done.solved} of {len(self.questions)} solved{hints}, {done.steps} steps{after}")
 
 

@@ -11,7 +11,6 @@ Zelikman et al., 2022, arXiv 2203.14465, algorithm 1.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -25,16 +24,24 @@ from qstar.adapters import has_adapters
 from qstar.ancestors.fine_tuning import read_trained
 from qstar.ancestors.rounds import REPORT_FILE, Round, Rounds, write_json
 from qstar.ancestors.settings import StarSettings
-from qstar.ancestors.shares import shown
-from qstar.ancestors.wording import Wording, is_right
+from qstar.ancestors.wording import Wording
 from qstar.config import check_names, setting_names
-from qstar.evaluation.questions import Question, Questions
+from qstar.evaluation.answers import Letters, Numbers, Words
+from qstar.evaluation.questions import Question, Questions, fingerprint
+from qstar.evaluation.report import percent, share_right
 from qstar.evaluation.tables import table
 from qstar.training.folders import alone_in
 from qstar.training.prepare import check_model_name, read_model
 
 DEFAULT = Path("runs/star")
 BEGUN_FILE = "star.json"  # what the run began with
+
+
+def is_right(answer: str, question: Question) -> bool:
+    """Whether an answer is the question's: the same letter of a choice, the same number, or else the same words."""
+    kinds = (Letters(),) if question.choices else (Numbers(), Words())
+    kind = next(each for each in kinds if each.normalised(question.answer) is not None)
+    return kind.normalised(answer) == kind.normalised(question.answer)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,15 @@ class StarResult:
     def table(self) -> str:
         """The rounds as a text table, shares with their 95 % intervals."""
         header = ["round", "solved before it", "with a hint", "trained on", "steps", "loss", "held out"]
-        first = ["0", "", "", "", "", "", "" if self.before is None else shown(self.before, self.held_out)]
+        first = [
+            "0",
+            "",
+            "",
+            "",
+            "",
+            "",
+            "" if self.before is None else percent(share_right(self.before, self.held_out)),
+        ]
         rows = [
             [
                 f"{each.number}{' (best)' if each.number == self.best else ''}",
@@ -73,7 +88,7 @@ class StarResult:
                 str(each.solved + each.rationalised),
                 str(each.steps),
                 f"{each.loss:.4f}",
-                "" if each.right is None else shown(each.right, self.held_out),
+                "" if each.right is None else percent(share_right(each.right, self.held_out)),
             ]
             for each in self.rounds
         ]
@@ -105,8 +120,7 @@ def star(
         output_dir: folder for the result; ``runs/star`` by default.
         resume: go on with the run in ``output_dir``, whenever it was killed: what comes is the same, bit for bit.
         wording: how questions are put and answers read; the defaults of :class:`Wording` where None.
-        is_right: whether an answer that was read is the question's; by default as they are written, but for case,
-            space, ``$``, commas and a full stop.
+        is_right: whether an answer that was read is the question's; a task's own, or by default :func:`is_right`.
         settings: any field of :class:`qstar.ancestors.settings.StarSettings`.
 
     Raises:
@@ -130,7 +144,7 @@ def star(
         "settings": asdict(made),
         "wording": asdict(wording),
         **{
-            name: {"count": len(each), "fingerprint": _fingerprint(each)}
+            name: {"count": len(each), "fingerprint": fingerprint(each)}
             for name, each in (("questions", asked), ("held_out", withheld), ("exemplars", exemplars))
         },
     }
@@ -206,8 +220,3 @@ def _begin(folder: Path, begun: dict[str, Any], resume: bool) -> None:
             f"{name} is {begun[name]}, but the run in {folder} began with {before.get(name)}: it can only go on as it "
             "began"
         )
-
-
-def _fingerprint(questions: Sequence[Question]) -> str:
-    content = json.dumps([asdict(each) for each in questions])
-    return hashlib.sha256(content.encode()).hexdigest()

@@ -76,15 +76,6 @@ class Wording:
         return None if found is None else (said[: found.end()], found[1])
 
 
-def is_right(answer: str, question: Question) -> bool:
-    """Whether an answer is the question's, but for case, space, ``$``, thousands separators and a final full stop."""
-    return _normalised(answer) == _normalised(question.answer)
-
-
-def _normalised(answer: str) -> str:
-    return re.sub(r"[\s$,]", "", answer).removesuffix(".").casefold()
-
-
 def _filled(template: str, question: Question) -> str:
     choices = [f"\n({label}) {text}" for label, text in zip(question.labels, question.choices, strict=False)]
     return template.format(question="".join([question.text, *choices]), answer=question.answer)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
-from qstar.commands.flags import add_settings, any_model, taken
+from qstar.commands.flags import add_columns, add_settings, any_model, taken, taken_columns
 from qstar.config import CONFIG_FILE, QuietStarConfig
 from qstar.data import DataSettings
 from qstar.data.load import check_name
@@ -31,7 +31,6 @@ from qstar.model import QuietStarModel
 from qstar.wrapping import load_untrained
 
 HELD_OUT = "held_out"
-COLUMNS = ("question_column", "answer_column", "choices_column", "labels_column", "rationale_column")
 OF_HARNESS = ("include_path", "num_fewshot", "limit")
 RESULTS = Path("runs", "eval")  # of models that are in no folder
 
@@ -44,7 +43,7 @@ def run(arguments: list[str]) -> None:
     output = options.pop("output", None) or default_output(name)
     settings = taken(options, TaskSettings)
     of_harness = {each: options.pop(each) for each in OF_HARNESS if each in options}
-    columns = {each: options.pop(each) for each in COLUMNS if each in options}
+    columns = taken_columns(options)
     asked, sources = named_tasks(tasks, columns)
     dataset = options.get("dataset")
     held_out = dataset is not None or HELD_OUT in (tasks or "").split(",")
@@ -112,10 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--tasks",
         help=f"Of {built_in}, or files of questions, with commas between them; gsm8k=FILE reads its questions there.",
     )
-    for column in COLUMNS:
-        parser.add_argument(
-            f"--{column.replace('_', '-')}", help=f"In a file of questions: {column.replace('_', ' ')}."
-        )
+    add_columns(parser)
     parser.add_argument("--dataset", help="Held-out text: hub name, folder, or .txt, .jsonl, .json or .parquet file.")
     parser.add_argument("--split", default="test", help="Split of a hub dataset of held-out text.")
     parser.add_argument("--max-rows", type=int, help="Stop after so many rows of held-out text.")

@@ -18,6 +18,8 @@ from qstar.config import CONFIG_FILE, setting_names
 from qstar.data.load import check_name
 from qstar.wrapping import load
 
+COLUMNS = ("question_column", "answer_column", "choices_column", "labels_column", "rationale_column")
+
 
 def add_settings(parser: argparse.ArgumentParser, kind: Any) -> None:
     """A flag for each field of a dataclass of settings; what may be true or false has ``--no-`` as well.
@@ -36,6 +38,18 @@ def add_settings(parser: argparse.ArgumentParser, kind: Any) -> None:
             help=text.replace("%", "%%"),
             **_options(hints[each.name]),
         )
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """A flag for each column of a file of questions, see :func:`qstar.evaluation.tasks.find_task`."""
+    for column in COLUMNS:
+        flag, what = column.replace("_", "-"), column.replace("_", " ")
+        parser.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=f"The {what} of a file of questions.")
+
+
+def taken_columns(options: dict[str, Any]) -> dict[str, str]:
+    """The columns, out of the options that were given."""
+    return {each: options.pop(each) for each in COLUMNS if each in options}
 
 
 def _options(hint: Any) -> dict[str, Any]:

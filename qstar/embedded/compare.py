@@ -7,31 +7,31 @@ working: what needs one must write it itself.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
+import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedModel, set_seed
 
-from qstar.ancestors.rationales import attempt
-from qstar.ancestors.shares import shown
 from qstar.ancestors.star import BEGUN_FILE, StarResult, star
-from qstar.ancestors.wording import Wording, is_right
+from qstar.ancestors.wording import Wording
 from qstar.config import check_names, setting, setting_names
 from qstar.cpu import one_thread
 from qstar.data import pack
 from qstar.embedded.comparison_plot import PLOT_FILE, draw_comparison
 from qstar.embedded.pretrain import PretrainSettings, pretrained_model
 from qstar.embedded.run import CACHE, SETTINGS, SIZES, PlainTrainer
-from qstar.embedded.task import EQUALS, WORKING, documents_with_hints, problems
-from qstar.evaluation.choices import choice_log_probs
-from qstar.evaluation.questions import Question, Questions
-from qstar.evaluation.report import Answered, Row, TaskReport
+from qstar.embedded.sums import SUMS
+from qstar.embedded.task import EQUALS, QUESTION, SPLITS, WORKING, documents_with_hints
+from qstar.evaluation.direct import answer_directly
+from qstar.evaluation.questions import read_questions
+from qstar.evaluation.reasoning import ReasoningSettings, reason
+from qstar.evaluation.record import write_report
+from qstar.evaluation.report import ACCURACY, Answered, Row, TaskReport, percent
+from qstar.evaluation.scoring import OWN, Thoughts
 from qstar.evaluation.tables import table
 from qstar.model import QuietStarModel
 from qstar.training.curves import can_draw
@@ -44,8 +44,8 @@ DEFAULT = Path("runs/compare")
 REPORT_FILE = "report.json"
 BASE = PretrainSettings(check_steps=5, goal=0.3)  # stops where it writes about a third of the workings
 WORDING = Wording(
-    prompt=f"{{question}} {EQUALS} {WORKING}",
-    hinted_prompt=f"{WORKING} {{answer}} {{question}} {EQUALS} {WORKING}",
+    prompt=f"{QUESTION} {{question}} {EQUALS} {WORKING}",
+    hinted_prompt=f"{WORKING} {{answer}} {QUESTION} {{question}} {EQUALS} {WORKING}",
     exemplar=" {rationale} = {answer} ",
     answer_pattern=rf"{EQUALS} (\d)",
     stop=(),
@@ -54,6 +54,7 @@ TRAINING: dict[str, Any] = SETTINGS | dict(policy_weight=100.0, sample_steps=0, 
 STAR: dict[str, Any] = dict(
     patience=5, learning_rate=1e-3, warmup_steps=10, train_batch_size=32, max_new_tokens=8, batch_size=250
 )
+BATCH = 250  # questions at a time
 
 
 @dataclass(kw_only=True)
@@ -103,7 +104,7 @@ class Comparison:
 
     def table(self) -> str:
         """Every row, with how often it is right and what it took."""
-        header = ["answers to unseen problems", "accuracy (95 % interval)", "probability", "steps", "seconds"]
+        header = ["answers to unseen problems", "accuracy [95 %]", "probability", "steps", "seconds"]
         rows = []
         for each in self.report.rows:
             count = len(each.answers)
@@ -111,7 +112,7 @@ class Comparison:
             rows.append(
                 [
                     each.name,
-                    shown(sum(answer.right for answer in each.answers), count),
+                    percent(self.report.means[each.name][ACCURACY]),
                     f"{sum(sure) / count:.1%}" if sure else "",
                     str(each.settings["steps"] or ""),
                     str(each.settings["seconds"] or ""),
@@ -153,9 +154,10 @@ class _Comparing:
         self.folder, self.settings, self.began = folder, settings, time.monotonic()
         print("1/5  a small decoder learns to write some workings")
         self.base, self.tokenizer = pretrained_model(CACHE, settings.seed, BASE, documents_with_hints)
-        draws = {"train": settings.questions, "validation": settings.held_out, "test": settings.problems}
-        asked = {split: _questions(count, settings.seed, self.tokenizer, split) for split, count in draws.items()}
-        self.trained, self.held_out, self.asked = asked.values()
+        self.trained, self.held_out, self.asked = (
+            read_questions(SUMS, split=split, max_questions=count, seed=settings.seed)
+            for split, count in zip(SPLITS, (settings.questions, settings.held_out, settings.problems), strict=True)
+        )
         self.rows: list[Row] = []
 
     def result(self) -> Comparison:
@@ -164,7 +166,7 @@ class _Comparing:
         print("2/5  it learns to answer directly, without and with pause tokens")
         self._direct("trained on answers, direct", *self._learn("direct", PlainTrainer))
         paused, seconds = self._learn("pause", QuietStarTrainer, pauses=True, rationales=1)
-        self._direct("trained with pause tokens", paused, seconds, thinking=True)
+        self._direct("trained with pause tokens", paused, seconds, OWN)
         rounds = {}
         for number, (name, rationalise) in enumerate((("STaR without hints", False), ("STaR with hints", True)), 3):
             print(f"{number}/5  {name}: it learns from its own workings")
@@ -172,11 +174,22 @@ class _Comparing:
         print("5/5  Quiet-STaR: it learns to think")
         thinking, seconds = self._learn("quiet-star", QuietStarTrainer)
         self._direct("Quiet-STaR, without thoughts", thinking, seconds)
-        self._direct("Quiet-STaR, with its thoughts", thinking, seconds, thinking=True)
+        self._direct("Quiet-STaR, with its thoughts", thinking, seconds, OWN)
 
         report = TaskReport("sums", self.asked, tuple(self.rows))
         found = Comparison(report, rounds, round(time.monotonic() - self.began), self.folder)
-        (self.folder / REPORT_FILE).write_text(json.dumps(self._record(found), indent=2) + "\n")
+        write_report(
+            self.folder / REPORT_FILE,
+            [report],
+            command="qstar compare",
+            seed=self.settings.seed,
+            settings=asdict(self.settings),
+            seconds=found.seconds,
+            rounds={
+                name: {"before": each.before, "held_out": each.held_out, "rounds": [asdict(one) for one in each.rounds]}
+                for name, each in rounds.items()
+            },
+        )
         if can_draw():
             draw_comparison(report, rounds, self.folder / PLOT_FILE)
         return found
@@ -194,7 +207,8 @@ class _Comparing:
             **TRAINING | dict(max_steps=self.settings.steps, seed=self.settings.seed, report_to="none"),
         )
         set_seed(args.seed)
-        texts = [f"{each.text} {EQUALS} {each.answer}" for each in self.trained.questions]
+        texts = [SUMS.prompt(each) + SUMS.continuation(each) for each in self.trained.questions]
+        random.Random(args.seed).shuffle(texts)  # else problems that begin alike would be packed together
         rows = pack(Dataset.from_dict({args.text_column: texts}), self.tokenizer, args.seq_length, args.text_column)
         model = self._wrapped(**thoughts)
         trainer(model, args, train_dataset=rows, processing_class=self.tokenizer).train()
@@ -213,6 +227,7 @@ class _Comparing:
             output_dir=folder,
             resume=(folder / BEGUN_FILE).is_file(),
             wording=WORDING,
+            is_right=SUMS.is_right,
             rationalise=rationalise,
             rounds=self.settings.rounds,
             seed=self.settings.seed,
@@ -223,78 +238,16 @@ class _Comparing:
         self._reasoned(name, found.model, steps, round(time.monotonic() - began))
         return found
 
-    def _direct(self, name: str, model: QuietStarModel, seconds: int, *, thinking: bool = False) -> None:
-        """A row of answers that stand right behind the question, scored over the digits."""
-        prompts = [self.tokenizer(f"{each.text} {EQUALS}")["input_ids"] for each in self.asked.questions]
-        asked = problems(1, 0, self.tokenizer)
-        digits = torch.tensor(asked.choices)
-        log_probs = choice_log_probs(model, torch.tensor(prompts), digits, thinking=thinking)
-        answers = []
-        for row, question in zip(log_probs, self.asked.questions, strict=True):
-            said, right = str(int(row.argmax())), int(question.answer)
-            answers.append(Answered(said == question.answer, probability=float(row[right].exp()), said=said))
-        steps = self.settings.steps if seconds else 0
-        self.rows.append(Row(name, tuple(answers), dict(steps=steps, seconds=seconds, thinking=thinking)))
+    def _direct(self, name: str, model: QuietStarModel, seconds: int, thoughts: Thoughts = None) -> None:
+        """A row of answers that stand right behind the question."""
+        asked = answer_directly(model, self.tokenizer, SUMS, self.asked.questions, thoughts=thoughts, batch_size=BATCH)
+        self._add(name, dict(asked), self.settings.steps if seconds else 0, seconds)
 
     def _reasoned(self, name: str, model: PreTrainedModel, steps: int, seconds: int) -> None:
         """A row of answers behind workings that the model writes."""
-        questions = self.asked.questions
-        said = attempt(
-            model,
-            self.tokenizer,
-            [WORDING.ask(each) for each in questions],
-            questions,
-            WORDING,
-            is_right,
-            self.folder / f"{name.replace(' ', '-').replace(',', '')}.jsonl",
-            numbers=range(len(questions)),
-            max_new_tokens=STAR["max_new_tokens"],
-            batch_size=STAR["batch_size"],
-        )
-        answers = tuple(Answered(each.right, said=each.answer, detail={"text": each.said}) for each in said)
-        self.rows.append(Row(name, answers, dict(steps=steps, seconds=seconds)))
+        settings = ReasoningSettings(max_new_tokens=STAR["max_new_tokens"], batch_size=BATCH)
+        self._add(name, dict(reason(model, self.tokenizer, SUMS, self.asked.questions, settings)), steps, seconds)
 
-    def _record(self, found: Comparison) -> dict[str, Any]:
-        """All of it as JSON can say it."""
-        return {
-            "task": found.report.task,
-            "settings": asdict(self.settings),
-            "seconds": found.seconds,
-            "fingerprint": self.asked.fingerprint,
-            "rows": [
-                {
-                    "name": each.name,
-                    "right": sum(answer.right for answer in each.answers),
-                    "of": len(each.answers),
-                    **each.settings,
-                    "answers": [
-                        {"question": question.text, "answer": question.answer, **asdict(answer)}
-                        for question, answer in zip(self.asked.questions, each.answers, strict=True)
-                    ],
-                }
-                for each in found.report.rows
-            ],
-            "rounds": {
-                name: {"before": each.before, "held_out": each.held_out, "rounds": [asdict(one) for one in each.rounds]}
-                for name, each in found.rounds.items()
-            },
-        }
-
-
-def _questions(count: int, seed: int, tokenizer: PreTrainedTokenizerFast, split: str) -> Questions:
-    """``count`` different problems of a split."""
-    found: dict[str, Question] = {}
-    drawn = problems(4 * count, seed, tokenizer, split)
-    for prompt, working, answer in zip(drawn.prompts, drawn.workings, drawn.answers, strict=True):
-        text, reasons, right = (str(tokenizer.decode(tokens)) for tokens in (prompt[:-1], working, answer))
-        if len(found) < count and text not in found:
-            found[text] = Question(text, right, rationale=reasons, number=len(found))
-    if len(found) < count:
-        raise ValueError(
-            f"{count} different problems are wanted, but the split {split!r} has no more than {len(found)}"
-        )
-    return Questions(tuple(found.values()), f"sums, {split}", _fingerprint(found))
-
-
-def _fingerprint(texts: Any) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    def _add(self, name: str, answers: dict[int, Answered], steps: int, seconds: int) -> None:
+        in_order = tuple(answers[place] for place in range(len(self.asked.questions)))
+        self.rows.append(Row(name, in_order, dict(steps=steps, seconds=seconds)))

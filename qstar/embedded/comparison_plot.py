@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qstar.ancestors.shares import wilson
 from qstar.ancestors.star import StarResult
+from qstar.evaluation.intervals import wilson
 from qstar.evaluation.report import TaskReport
 
 PLOT_FILE = "compare.png"

@@ -26,6 +26,11 @@ class Mean(NamedTuple):
     interval: Interval
 
 
+def share_right(right: int, asked: int) -> Mean:
+    """Of so many right answers among those that were asked."""
+    return Mean(right / asked, wilson(right, asked))
+
+
 class Gain(NamedTuple):
     """Of a row beside the reference, over the same questions.
 
@@ -81,8 +86,9 @@ class Row:
         values = self.values(metric)
         if values is None:
             return None
-        interval = wilson(int(sum(values)), len(values)) if metric == ACCURACY else bootstrap(values)
-        return Mean(sum(values) / len(values), interval)
+        if metric == ACCURACY:
+            return share_right(int(sum(values)), len(values))
+        return Mean(sum(values) / len(values), bootstrap(values))
 
     def gain(self, reference: Row) -> Gain:
         """What this row has beyond ``reference``, question by question."""
@@ -153,8 +159,8 @@ class TaskReport:
             f"{self.task}, {len(self.questions.questions)} questions of {self.questions.source}, with 95 % intervals",
             {
                 name: {
-                    "accuracy": _percent(mean[ACCURACY]),
-                    "probability": _percent(mean[PROBABILITY]),
+                    "accuracy": percent(mean[ACCURACY]),
+                    "probability": percent(mean[PROBABILITY]),
                     "log-likelihood": _nats(mean[LOG_LIKELIHOOD]),
                 }
                 for name, mean in self.means.items()
@@ -221,7 +227,8 @@ def _block(title: str, rows: dict[str, dict[str, str]]) -> str:
     return f"{textwrap.fill(title, WIDTH)}\n\n{shown}"
 
 
-def _percent(mean: Mean | None) -> str:
+def percent(mean: Mean | None) -> str:
+    """As ``61.2% [57.0, 65.3]``; nothing where there is no mean."""
     return _shown(mean, lambda value: f"{100 * value:.1f}", "%")
 
 

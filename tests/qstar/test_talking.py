@@ -5,8 +5,10 @@ from __future__ import annotations
 import tiny
 import torch
 
+from qstar import reference
 from qstar.grid import Text
-from qstar.talking import talk
+from qstar.talking import speak, talk
+from qstar.thinking import read_text, think
 
 
 def test_one_thought_changes_nothing_elsewhere():
@@ -64,3 +66,28 @@ def test_packed_documents_do_not_see_each_other():
         torch.testing.assert_close(together.log_base[:, part], alone.log_base, rtol=0, atol=1e-5)
         assert torch.equal(together.targets[:, part], alone.targets)
         begin += length
+
+
+@torch.no_grad()
+def test_a_thought_read_again_says_what_it_said_when_it_was_sampled():
+    """What thinking left in the cache is what reading the whole thought puts there, bit for bit."""
+    model = tiny.thinking_model("mistral", thought_tokens=3, ahead_tokens=1, rationales=2)
+    text, grid = Text.from_inputs(tiny.text(2, 7)), model.grid(7)
+    reading = read_text(model, text, grid)
+    thoughts = think(model, text, grid, temperature=1.0, last=4, reading=reading)
+    assert torch.equal(speak(model, reading, thoughts, cached=3), speak(model, read_text(model, text, grid), thoughts))
+
+
+@torch.no_grad()
+def test_speaking_at_every_position_and_rationale_is_a_plain_pass_each():
+    model = tiny.thinking_model("gemma2", thought_tokens=2, ahead_tokens=1, rationales=2)
+    tokens = tiny.text(1, 5)
+    grid, thoughts = model.grid(5), tiny.random_thoughts(model, 1, 5)
+    spoken = speak(model, read_text(model, Text.from_inputs(tokens), grid), thoughts)
+    base = reference.hidden_states(model, tokens[0])
+    edges = tokens.new_tensor([model.qstar.start_token_id, model.qstar.end_token_id])
+    for i in range(5):
+        for p in range(2):
+            whole = torch.cat([tokens[0, : i + 1], edges[:1], thoughts[0, i, p], edges[1:]])
+            expected = reference.mix(model, base[i], reference.hidden_states(model, whole)[-1])
+            torch.testing.assert_close(spoken[0, i, p], expected, rtol=1e-4, atol=1e-5)

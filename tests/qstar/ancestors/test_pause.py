@@ -8,8 +8,8 @@ import torch
 from tiny_runs import QUIET, texts, tiny_train
 
 from qstar import Objective, load, reference
-from qstar.evaluation.choices import choice_log_probs
 from qstar.evaluation.held_out import evaluate
+from qstar.evaluation.scoring import Request, score_requests
 from qstar.grid import Text
 from qstar.heads import LanguageHead
 from qstar.thinking import read_text, think
@@ -52,11 +52,13 @@ def test_a_pause_is_read_where_a_thought_is_read_from_a_cache():
         cached = think(model, text, grid, temperature=1.0, last=2, reading=read_text(model, text, grid))
     assert torch.equal(cached, pauses(model, 2, 2, 1))
     assert torch.equal(cached, think(model, text, grid, temperature=1.0, last=2))
-    choices = torch.arange(4, 12)
-    own = choice_log_probs(model, text.tokens, choices, thinking=True)
-    given = choice_log_probs(model, text.tokens, choices, thinking=True, thoughts=pauses(model, 2))
+    requests = [Request(row.tolist(), [token]) for row in text.tokens for token in range(4, 12)]
+    fixed = [pauses(model, 1)] * len(requests)
+    own, given, without = (
+        torch.stack([scores.log_prob for _, scores in sorted(score_requests(model, requests, thoughts=thoughts))])
+        for thoughts in ("own", fixed, None)
+    )
     torch.testing.assert_close(own, given, rtol=1e-5, atol=1e-6)
-    without = choice_log_probs(model, text.tokens, choices, thinking=False)
     assert (own - without).abs().max() > 1e-3
 
 

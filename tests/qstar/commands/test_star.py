@@ -37,7 +37,7 @@ def asked(tmp_path):
 def test_the_command_reads_files_by_their_columns_and_prints_its_rounds(asked, tmp_path, capsys):
     base, questions, right = asked
     folder = tmp_path / "run"
-    command = ["star", base, "--questions", str(questions), "--output-dir", str(folder), *TEMPLATES, *QUICK.split()]
+    command = ["star", base, "--task", str(questions), "--output-dir", str(folder), *TEMPLATES, *QUICK.split()]
     columns = ["--question-column", "text", "--answer-column", "solution", "--no-rationalise"]
     assert main(command + columns) == 0
     printed = capsys.readouterr().out
@@ -56,11 +56,47 @@ def test_the_command_reads_files_by_their_columns_and_prints_its_rounds(asked, t
     assert main([*command, *columns, "--resume"]) == 0
 
 
-def test_what_is_wrong_is_said_before_anything_is_trained(asked, tmp_path, capsys):
+def test_a_task_has_its_exemplars_and_its_own_source(asked, tmp_path, monkeypatch):
+    base, _, _ = asked
+    rows = [json.dumps({"question": f"{x} and 1?", "answer": f"so #### {x + 1}"}) for x in range(5)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows) + "\n")
+    given = {}
+    monkeypatch.setattr("qstar.commands.star.star", lambda *arguments, **options: given.update(options, all=arguments))
+    with pytest.raises(AttributeError):  # nothing comes back
+        main(["star", base, "--task", f"gsm8k={tmp_path / 'train.jsonl'}", "--exemplars", "3", "--max-questions", "4"])
+    model, drawn = given["all"]
+    assert (model, len(drawn.questions), len(given["exemplars"])) == (base, 4, 3)
+    assert all(each.rationale for each in given["exemplars"])
+    assert given["is_right"]("2.00", drawn.questions[0]) == (drawn.questions[0].answer == "2")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "has no column 'question', but 'text', 'solution'"),
+        (
+            ["--question-column", "text", "--answer-column", "solution", "--prompt", "x"],
+            "prompt is 'x', but it must hold",
+        ),
+        (["--task", "gsm9k"], "task is 'gsm9k', but it must be 'gsm8k'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_trained(asked, tmp_path, capsys, more, message):
     base, questions, _ = asked
-    command = ["star", base, "--output-dir", str(tmp_path / "run")]
-    assert main([*command, "--questions", str(questions)]) == 1
-    assert "has no column 'question', but 'text', 'solution'" in capsys.readouterr().err
-    assert main([*command, "--questions", str(questions), "--prompt", "x"]) == 1
-    assert "prompt is 'x', but it must hold {question}" in capsys.readouterr().err
+    assert main(["star", base, "--output-dir", str(tmp_path / "run"), "--task", str(questions), *more]) == 1
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--exemplar-file", "a.jsonl"], "--exemplar-file is given, but --exemplars is 0"),
+        (["--exemplars", "9"], "--exemplars is 9, but there are 8"),
+    ],
+)
+def test_exemplars_that_are_not_shown_or_not_there_are_refused(tmp_path, capsys, more, message):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "1?", "answer": "1"}) + "\n")
+    with pytest.raises(SystemExit):
+        main(["star", "base", "--task", str(tmp_path / "q.jsonl"), *more])
+    assert message in capsys.readouterr().err

@@ -23,6 +23,7 @@ from qstar.embedded.task import (
     running_sums,
     split_of,
 )
+from qstar.evaluation.record import read_report
 
 SHORT = PretrainSettings(max_steps=100, check_steps=100, tried=8)  # it writes workings, wrong ones
 FLAGS = "--seed 3 --questions 120 --held-out 20 --problems 15 --steps 2 --rounds 2"
@@ -107,10 +108,10 @@ def plainly_reasoned(model, question: str) -> str:
 @pytest.mark.slow
 def test_every_row_is_that_of_plain_passes(finished):
     folder, printed = finished
-    report = json.loads((folder / "report.json").read_text())
-    rows = {row["name"]: row for row in report["rows"]}
+    [report] = read_report(folder / "report.json")
+    rows = {row.name: row for row in report.rows}
     assert tuple(rows) == ROWS
-    asked = [(each["question"], each["answer"]) for each in rows[ROWS[0]]["answers"]]
+    asked = [(f"Q {each.text}", each.answer) for each in report.questions.questions]
     assert len(set(asked)) == 15
     for question, answer in asked:
         digits = tuple(map(int, question.split()[1:]))
@@ -125,22 +126,21 @@ def test_every_row_is_that_of_plain_passes(finished):
         (thinking, "Quiet-STaR, with its thoughts", partial(greedy_thought, thinking)),
     ):
         model.set_attn_implementation("eager")
-        for row, (question, answer) in zip(rows[name]["answers"], asked, strict=True):
+        for row, (question, answer) in zip(rows[name].answers, asked, strict=True):
             prompt = torch.tensor(tokenizer(f"{question} =")["input_ids"])
             with torch.no_grad():
                 log_probs = answer_log_probs(model, prompt, choices, thought(prompt))
-            assert row["probability"] == pytest.approx(log_probs[int(answer)].exp().item(), abs=1e-5)
-            assert row["right"] == (int(log_probs.argmax()) == int(answer))
+            assert row.probability == pytest.approx(log_probs[int(answer)].exp().item(), abs=1e-5)
+            assert row.right == (int(log_probs.argmax()) == int(answer))
     for name, where in (("STaR without hints", "star"), ("STaR with hints", "star-hints")):
         model = AutoModelForCausalLM.from_pretrained(folder / where)
-        for row, (question, answer) in zip(rows[name]["answers"], asked, strict=True):
+        for row, (question, answer) in zip(rows[name].answers, asked, strict=True):
             said = plainly_reasoned(model, question)
-            assert row["detail"]["text"].strip() == said.strip()
-            assert row["right"] == (f"{said} ".partition("= ")[2][:1] == answer)
+            assert row.detail["texts"][0].strip() == said.strip()
+            assert row.right == (f"{said} ".partition("= ")[2][:1] == answer)
     for name, row in rows.items():
-        assert row["right"] == sum(each["right"] for each in row["answers"]) and row["of"] == 15
         line = next(line for line in printed.splitlines() if line.startswith(name))
-        assert line.removeprefix(name).split()[0] == f"{row['right'] / 15:.1%}"
+        assert line.removeprefix(name).split()[0] == f"{sum(each.right for each in row.answers) / 15:.1%}"
 
 
 @pytest.mark.slow
