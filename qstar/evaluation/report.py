@@ -223,8 +223,7 @@ def _block(title: str, rows: dict[str, dict[str, str]]) -> str:
         first, *rest = textwrap.wrap(name, max(SHORTEST, WIDTH - taken), subsequent_indent="  ") or [""]
         lines.append([first, *(cells[column] for column in header)])
         lines += [[more, *("" for _ in header)] for more in rest]
-    shown = "\n".join(line.rstrip() for line in table(["", *header], lines).splitlines())
-    return f"{textwrap.fill(title, WIDTH)}\n\n{shown}"
+    return f"{textwrap.fill(title, WIDTH)}\n\n{table(['', *header], lines)}"
 
 
 def percent(mean: Mean | None) -> str:
