@@ -19,10 +19,11 @@ def run(arguments: list[str]) -> None:
     """Inspect the texts that the arguments name, and show or write what was found."""
     options = _parser().parse_args(arguments)
     try:
+        from qstar.inspection.page import page
         from qstar.inspection.terminal import render
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"qstar inspect needs the extra inspect, but {error.name} is not installed: pip install rich"
+            f"qstar inspect needs the extra inspect, but {error.name} is not installed: pip install rich jinja2"
         ) from error
     if options.thoughts < 0:
         raise ValueError(f"thoughts is {options.thoughts}, but it must be at least 0")
@@ -34,15 +35,16 @@ def run(arguments: list[str]) -> None:
     shown = render(found, width=width, colour=colour, thoughts=options.thoughts)
     encoding = sys.stdout.encoding or "utf-8"
     write_out(shown.encode(encoding, "backslashreplace").decode(encoding))
-    if options.json is not None:
-        options.json.write_text(found.to_json() + "\n", encoding="utf-8")
-        print(f"written to {options.json}")
+    for file, content in ((options.json, found.to_json), (options.html, lambda: page(found))):
+        if file is not None:
+            file.write_text(content() + "\n", encoding="utf-8")
+            print(f"written to {file}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qstar inspect",
-        usage="qstar inspect FOLDER (--text TEXT ... | --file FILE) [--json FILE] [--SETTING VALUE ...]",
+        usage="qstar inspect FOLDER (--text TEXT ... | --file FILE) [--html FILE] [--json FILE] [--SETTING VALUE ...]",
         description="What a trained model thought at each token of a text, how much of it counted, and what it gained: "
         "the text coloured by gain, the best and the worst thoughts, histograms and a summary with controls.",
     )
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--documents", default="paragraph", choices=list(DOCUMENTS), help="What is one text in a .txt file."
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="Write a page there that shows it in a browser.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Write all that was found there.")
     parser.add_argument(
         "--thoughts", type=int, default=10, metavar="N", help="List so many of the best and worst thoughts."

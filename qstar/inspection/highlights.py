@@ -11,6 +11,8 @@ from qstar.inspection.data import Document, Inspection, Position
 
 SCALE = (0.05, 0.3, 1.0)  # nats: fixed, so that a colour means the same everywhere
 LEVELS = range(-len(SCALE), len(SCALE) + 1)
+WEIGHT_SCALE = (0.05, 0.2, 0.5)
+SURPRISE_SCALE = (1.0, 2.0, 4.0)  # nats
 WEIGHTS = tuple(tenth / 10 for tenth in range(11))
 
 
@@ -28,19 +30,24 @@ class Place(NamedTuple):
     position: Position
 
 
-def level(gain: float) -> int:
-    """How large a gain is on the scale, -3 to 3; 0 where it is below 0.05 nats."""
-    size = bisect_right(SCALE, abs(gain))
-    return size if gain > 0 else -size
+def level(value: float, scale: Sequence[float] = SCALE) -> int:
+    """How large a value is on a scale, on both sides of 0: -3 to 3, and 0 where it is below the first bound."""
+    size = bisect_right(scale, abs(value))
+    return size if value > 0 else -size
 
 
-def level_name(step: int) -> str:
-    """Which gains are at a level, in nats."""
+def level_name(step: int, scale: Sequence[float] = SCALE) -> str:
+    """Which values are at a level."""
     if step == 0:
-        return f"between -{SCALE[0]:g} and +{SCALE[0]:g}"
+        return f"-{scale[0]:g} to +{scale[0]:g}"
     sign, size = ("+", step) if step > 0 else ("-", -step)
-    low = f"{sign}{SCALE[size - 1]:g}"
-    return f"{low} to {sign}{SCALE[size]:g}" if size < len(SCALE) else f"{low} and {'more' if step > 0 else 'less'}"
+    low = f"{sign}{scale[size - 1]:g}"
+    return f"{low} to {sign}{scale[size]:g}" if size < len(scale) else f"{low} and {'more' if step > 0 else 'less'}"
+
+
+def counted(number: int, what: str) -> str:
+    """So many of something, in words."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def places(inspection: Inspection) -> list[Place]:

@@ -19,6 +19,7 @@ from qstar.inspection.highlights import (
     WEIGHTS,
     Place,
     bin_names,
+    counted,
     extremes,
     histogram,
     level,
@@ -88,18 +89,14 @@ def _heading(inspection: Inspection) -> Text:
     sampled = f"sampled at temperature {settings.temperature:g} with seed {settings.seed}"
     text = Text(visible(inspection.model), style="bold")
     return text.append(
-        f"\n{_counted(summary.tokens, 'token')} of {_counted(summary.documents, 'text')} predicted, each after "
-        f"{_counted(settings.rationales or 1, 'thought')} of {_counted(inspection.thought_tokens, 'token')}, "
+        f"\n{counted(summary.tokens, 'token')} of {counted(summary.documents, 'text')} predicted, each after "
+        f"{counted(settings.rationales or 1, 'thought')} of {counted(inspection.thought_tokens, 'token')}, "
         f"{sampled if settings.temperature else 'greedy'}"
         + (f"; the texts go on after {settings.max_tokens} tokens" if inspection.cut else "")
         + f"\nA token that gained by the thought before it has {SIGNS[1]} from {SCALE[0]:g} nats, {SIGNS[2]} from "
         f"{SCALE[1]:g}, {SIGNS[3]} from {SCALE[2]:g}; one that lost has {SIGNS[-1]}, {SIGNS[-2]}, {SIGNS[-3]}.\n",
         style="not bold",
     )
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _title(text: str) -> Text:

@@ -11,6 +11,7 @@ import tiny_folder
 import qstar
 from qstar.commands.main import main
 from qstar.inspection.data import Inspection
+from qstar.inspection.page import page
 from qstar.inspection.terminal import render
 
 TEXTS = ["c a b d e", "f g h i"]
@@ -67,6 +68,13 @@ def test_json_holds_all_that_was_found(command, loaded, folder, tmp_path):
     code, out, _ = command("--text", TEXTS[0], "--json", tmp_path / "found.json", "--seed", 5)
     assert code == 0 and out.endswith(f"written to {tmp_path / 'found.json'}\n")
     assert Inspection.from_json((tmp_path / "found.json").read_text()) == inspected(loaded, folder, TEXTS[0], seed=5)
+
+
+def test_html_is_the_page_of_what_was_found(command, loaded, folder, tmp_path):
+    code, out, _ = command("--text", TEXTS[0], "--html", tmp_path / "found.html", "--json", tmp_path / "found.json")
+    assert code == 0
+    assert out.splitlines()[-2:] == [f"written to {tmp_path / name}" for name in ("found.json", "found.html")]
+    assert (tmp_path / "found.html").read_text(encoding="utf-8") == page(inspected(loaded, folder, TEXTS[0])) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -142,11 +150,12 @@ def test_one_kind_of_text_must_be_given(command, capsys):
     assert "one of the arguments --text --file is required" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named(command, monkeypatch):
-    monkeypatch.setitem(sys.modules, "qstar.inspection.terminal", None)
-    monkeypatch.delitem(sys.modules, "qstar.inspection.terminal")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+@pytest.mark.parametrize(("package", "module"), [("rich", "terminal"), ("jinja2", "page")])
+def test_a_missing_package_is_named(command, monkeypatch, package, module):
+    monkeypatch.delitem(sys.modules, f"qstar.inspection.{module}")
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     code, _, err = command("--text", "a b")
     assert code == 1
-    assert "qstar inspect needs the extra inspect, but rich" in err and "pip install rich" in err
+    assert f"qstar inspect needs the extra inspect, but {package}" in err
+    assert err.splitlines()[-1].endswith("is not installed: pip install rich jinja2")

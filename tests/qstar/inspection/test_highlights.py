@@ -34,7 +34,7 @@ def test_levels_have_names_that_say_their_gains():
         "-1 and less",
         "-0.3 to -1",
         "-0.05 to -0.3",
-        "between -0.05 and +0.05",
+        "-0.05 to +0.05",
         "+0.05 to +0.3",
         "+0.3 to +1",
         "+1 and more",

@@ -6,45 +6,25 @@ import re
 import unicodedata
 from dataclasses import replace
 
+import inspected
 import pytest
-import tiny
-import tokenizers_of_kinds as kinds
 from rich.cells import cell_len
 
-import qstar
 from qstar.inspection.data import Inspection
 from qstar.inspection.highlights import extremes, level, places
 from qstar.inspection.terminal import SIGNS, render
-from qstar.wrapping import wrap
 
 CODES = re.compile(r"\x1b\[[0-9;]*m")
-HOSTILE = [
-    "\x1b[31m\x1b]0;title\x07 \x1b[2J\x9b1A",
-    "\u202eright to left\u2066 \u200f",
-    "[bold red]markup[/] :smile: [link=file:///etc/passwd]x[/link]",
-    "😀0😀 \r\n\b\b \x00 \x7f",
-    '<script>alert(1)</script> & "quotes" \'',
-    "w" * 3000,
-    "\u2028日本語\u2029\ufeff",
-]
 
 
 @pytest.fixture(scope="module")
 def found() -> Inspection:
-    model = tiny.thinking_model("llama", thought_tokens=3, ahead_tokens=2)
-    return qstar.inspect(model, tiny.tokenizer(), ["a b c d e f", "g h i j k l m", "n o p q"], name="some/model")
+    return inspected.ordinary()
 
 
 @pytest.fixture(scope="module")
 def hostile() -> Inspection:
-    """Of a tokenizer that knows every byte."""
-    tokenizer = kinds.byte_level()
-    model = tiny.randomized(tiny.plain_model("llama", vocab_size=len(tokenizer), max_position_embeddings=4096))
-    model = wrap(model, tokenizer, thought_tokens=3, ahead_tokens=2, start_init=None, end_init=None)
-    with_weight = model.qstar_mixing_head.output.weight
-    with_weight.data.normal_(0, 0.5)
-    options = dict(max_tokens=None, temperature=0.0, name="\x1b[31mmodel\u202e", controls=False)
-    return qstar.inspect(model, tokenizer, HOSTILE, **options)
+    return inspected.hostile()
 
 
 def test_every_gain_is_signed_in_the_text(found):
@@ -156,7 +136,7 @@ def test_hostile_text_is_shown_and_never_executed(hostile, colour, monkeypatch):
     assert "😀0😀␍␊␈␈␀␡" in flat
     assert "<U+2028>日本語<U+2029><U+FEFF>" in flat
     assert "w" * 3000 in flat
-    assert shown.startswith("␛[31mmodel<U+202E>\n")
+    assert shown.startswith("␛[31mmodel<U+202E></title><script>\n")
 
 
 def test_a_text_in_lines_is_shown_in_lines_with_the_sign_before_the_end(found):
