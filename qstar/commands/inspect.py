@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from qstar.commands.flags import add_settings, ready_model, taken, takes_codes, write_out
+from qstar.data.documents import fill
 from qstar.data.files import DOCUMENTS
-from qstar.data.load import load_texts
+from qstar.data.settings import DataSettings, read_texts
+from qstar.data.values import checked_text
 from qstar.inspection.run import inspect
 from qstar.inspection.settings import InspectionSettings
 
@@ -28,7 +32,7 @@ def run(arguments: list[str]) -> None:
     if options.thoughts < 0:
         raise ValueError(f"thoughts is {options.thoughts}, but it must be at least 0")
     settings = taken(vars(options), InspectionSettings)
-    texts = _texts(options.text, options.file, options.text_column, options.documents)
+    texts = _texts(options.text, options.file, taken(vars(options), DataSettings))
     model, tokenizer = ready_model(options.folder)
     found = inspect(model, tokenizer, texts, name=str(options.folder), **asdict(settings))
     width, colour = shutil.get_terminal_size().columns, takes_codes(sys.stdout)
@@ -52,9 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", action="append", metavar="TEXT", help="A text; may be repeated.")
     source.add_argument("--file", type=Path, metavar="FILE", help="A .txt, .jsonl, .json or .parquet file of texts.")
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="Of a file: its texts (default: text).")
-    parser.add_argument(
-        "--documents", default="paragraph", choices=list(DOCUMENTS), help="What is one text in a .txt file."
+    of_file = parser.add_argument_group("file", argument_default=argparse.SUPPRESS)
+    of_file.add_argument("--text-column", metavar="NAME", help="The column of texts (default: text).")
+    of_file.add_argument("--text-format", metavar="FORMAT", help='A text made of columns, as in "{question} {answer}".')
+    of_file.add_argument(
+        "--documents", choices=list(DOCUMENTS), help="What is one text in a .txt file (default: paragraph)."
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="Write a page there that shows it in a browser.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Write all that was found there.")
@@ -65,10 +71,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _texts(text: list[str] | None, file: Path | None, column: str, documents: str) -> list[str]:
-    if text is not None:
-        return text
-    rows = load_texts(file or "", documents=documents, columns=[column], name="file")
-    if column not in (rows.column_names or []):
-        raise ValueError(f"text_column is {column!r}, but {file} has {', '.join(map(repr, rows.column_names or []))}")
-    return [row[column] for row in rows]
+def _texts(texts: list[str] | None, file: Path | None, settings: DataSettings) -> Iterable[str]:
+    """The texts that are given, or those in a file, read as they are asked for."""
+    if file is None:
+        for each in ("text_column", "text_format", "documents"):
+            value = getattr(settings, each)
+            if value != getattr(DataSettings, each):
+                raise ValueError(f"{each} is {value!r}, but there is no file of texts: give --file FILE")
+        return texts or []
+    settings.check_data()
+    settings.check_documents(file)
+    rows = read_texts(file, "train", settings, None, "file")
+    there = rows.column_names or []
+    for name in settings.columns():
+        if name not in there:
+            raise ValueError(f"{file} has no column {name!r}, but {', '.join(map(repr, there))}")
+
+    def text(row: dict[str, Any], place: str) -> str:
+        values = {name: checked_text(row[name], name, place) for name in settings.columns()}
+        return values[settings.text_column] if settings.text_format is None else fill(settings.text_format, values)
+
+    return (text(row, f"{file}, row {number}") for number, row in enumerate(rows, 1))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from qstar.inspection.data import Document, Inspection, Likely, Position
 from qstar.inspection.highlights import (
@@ -79,17 +78,17 @@ def page(inspection: Inspection, *, thoughts: int = 20) -> str:
         ),
         difficulties=_difficulties(inspection),
         data=page_data(inspection),
-        style=Markup(style),
-        script=Markup(script),
+        style=style,
+        script=script,
         style_hash=_hash(style),
         script_hash=_hash(script),
     )
 
 
-def _hash(content: str) -> Markup:
+def _hash(content: str) -> str:
     """What a content security policy knows an inline style or script by."""
     digest = hashlib.sha256(content.encode()).digest()
-    return Markup(f"sha256-{base64.b64encode(digest).decode()}")
+    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def _above(scale: Sequence[float]) -> list[tuple[int, str]]:

@@ -84,12 +84,17 @@ def test_html_is_the_page_of_what_was_found(command, loaded, folder, tmp_path):
         ("texts.txt", "c a b d e\nf g h i\n", "--documents line"),
         ("texts.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in TEXTS), ""),
         ("texts.json", json.dumps([{"said": text} for text in TEXTS]), "--text-column said"),
+        (
+            "texts.jsonl",
+            "".join(json.dumps({"first": text[:3], "rest": text[4:]}) + "\n" for text in TEXTS),
+            "--text-format={first}#{rest}",
+        ),
     ],
-    ids=["paragraphs", "lines", "jsonl", "json"],
+    ids=["paragraphs", "lines", "jsonl", "json", "format"],
 )
 def test_texts_are_read_from_files(command, loaded, folder, tmp_path, name, content, flags):
     (tmp_path / name).write_text(content)
-    code, out, _ = command("--file", tmp_path / name, *flags.split())
+    code, out, _ = command("--file", tmp_path / name, *(flag.replace("#", " ") for flag in flags.split()))
     assert (code, out) == (0, render(inspected(loaded, folder)))
 
 
@@ -123,6 +128,11 @@ def test_a_terminal_that_knows_few_characters_is_told_their_numbers(folder, tmp_
         (("--text", "a b", "--thoughts", "-1"), "thoughts is -1, but it must be at least 0"),
         (("--text", "a b", "--temperature", "0", "--rationales", "2"), "rationales is 2, but at temperature 0"),
         (("--text", " "), "texts hold no token to predict"),
+        (
+            ("--text", "a b", "--text-column", "said"),
+            "text_column is 'said', but there is no file of texts: give --file",
+        ),
+        (("--text", "a b", "--documents", "line"), "documents is 'line', but there is no file of texts: give --file"),
         (("--file", "nowhere.txt"), "file is 'nowhere.txt', but there is no such file or folder"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -139,7 +149,9 @@ def test_a_column_that_is_not_there_is_named(command, tmp_path):
     assert code == 1 and "has no column 'text', but 'said'" in err
     (tmp_path / "texts.txt").write_text("a b\n")
     code, _, err = command("--file", tmp_path / "texts.txt", "--text-column", "said")
-    assert code == 1 and "text_column is 'said', but" in err and "has 'text'" in err
+    assert code == 1 and "has no column 'said', but 'text'" in err
+    code, _, err = command("--file", tmp_path / "texts.jsonl", "--documents", "line")
+    assert code == 1 and "documents is 'line', but only a .txt file is cut into documents by it" in err
 
 
 def test_one_kind_of_text_must_be_given(command, capsys):
