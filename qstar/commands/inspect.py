@@ -79,6 +79,8 @@ def _texts(texts: list[str] | None, file: Path | None, settings: DataSettings) -
             if value != getattr(DataSettings, each):
                 raise ValueError(f"{each} is {value!r}, but there is no file of texts: give --file FILE")
         return texts or []
+    if file.is_dir():
+        raise ValueError(f"file is {str(file)!r}, but it must be a file, not a folder")
     settings.check_data()
     settings.check_documents(file)
     rows = read_texts(file, "train", settings, None, "file")

@@ -31,14 +31,13 @@ from qstar.inspection.highlights import (
     level_name,
     places,
 )
-from qstar.inspection.visible import visible
+from qstar.inspection.visible import visible, visible_token
 
 FOLDER = Path(__file__).parent / "templates"
 CHUNK = 400  # tokens that a browser lays out together, when they come into sight
 CONTEXT, FOLLOWING = 24, 8  # tokens shown around one of a list
 LONGEST = 80  # characters of a token there
 BAR = 150  # units of the longest bar
-PART_OF_A_CHARACTER, SPACES = "·", "␣"  # in the place of a token that nobody would see
 
 
 def page(inspection: Inspection, *, thoughts: int = 20) -> str:
@@ -55,7 +54,7 @@ def page(inspection: Inspection, *, thoughts: int = 20) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(visible=visible, counted=counted)
+    environment.filters.update(visible=visible, visible_token=visible_token, counted=counted)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     best, worst = extremes(inspection, thoughts)
@@ -119,12 +118,9 @@ def _levels(position: Position | None) -> tuple[int, int, int] | None:
 
 def _piece(piece: str) -> dict[str, Any]:
     """A token as it is shown; a label where it has no letter to be read out."""
-    if not piece:
-        return {"text": PART_OF_A_CHARACTER, "label": f"{PART_OF_A_CHARACTER} part of a character", "ends_line": False}
-    if piece.isspace():
-        text = visible(piece.replace(" ", SPACES))
-        return {"text": text, "label": f"{text} white space", "ends_line": "\n" in piece}
-    return {"text": visible(piece), "label": "", "ends_line": "\n" in piece}
+    text = visible_token(piece)
+    kind = "" if piece.strip() else "white space" if piece else "part of a character"
+    return {"text": text, "label": kind and f"{text} {kind}", "ends_line": "\n" in piece}
 
 
 def _ranked(place: Place) -> dict[str, Any]:
@@ -138,7 +134,7 @@ def _ranked(place: Place) -> dict[str, Any]:
         "position": position,
         "level": level(position.gain or 0.0),
         "before": _end(visible("".join(tokens[max(here - CONTEXT, 0) : here]))),
-        "said": _beginning(visible(tokens[here])),
+        "said": _beginning(visible_token(tokens[here])),
         "after": _beginning(visible("".join(tokens[here + 1 : here + 1 + FOLLOWING]))),
     }
 
@@ -189,7 +185,7 @@ class _Strings:
     numbers: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, text: str) -> int:
-        return self.numbers.setdefault(visible(text), len(self.numbers))
+        return self.numbers.setdefault(visible_token(text), len(self.numbers))
 
 
 def page_data(inspection: Inspection) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from qstar.inspection.highlights import (
     level_name,
     places,
 )
-from qstar.inspection.visible import visible
+from qstar.inspection.visible import visible, visible_token
 
 STYLES = {  # orange for losses and blue for gains, which all eyes tell apart
     -3: "bright_white on #a63603",
@@ -137,7 +137,7 @@ def _details(place: Place, width: int) -> Iterator[Text]:
     """Context, thoughts, and what was likely before and after."""
     position, tokens = place.position, place.document.tokens
     here = position.index + 1
-    said = _head(visible(tokens[here]), LONGEST)
+    said = _head(visible_token(tokens[here]), LONGEST)
     after = _head(visible("".join(tokens[here + 1 : here + 1 + FOLLOWING])), max(width // 4, 1))
     room = width - cell_len(said) - cell_len(after) - 2
     before = _tail(visible("".join(tokens[max(here - width, 0) : here])), room)
@@ -157,7 +157,7 @@ def _thought(rationale: Rationale) -> Text:
 
 
 def _likely(name: str, likely: Iterable[Likely]) -> Text:
-    shown = (f"{_head(visible(each.text), LONGEST)} {each.probability:.1%}" for each in likely)
+    shown = (f"{_head(visible_token(each.text), LONGEST)} {each.probability:.1%}" for each in likely)
     return Text(f"{name}  {'  '.join(shown)}", overflow="fold")
 
 

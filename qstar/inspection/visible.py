@@ -9,12 +9,18 @@ from __future__ import annotations
 import unicodedata
 
 PICTURES, DELETE = 0x2400, "\x7f"
+SPACE, NOTHING = "␣", "·"  # for tokens that would not be seen
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, half of a pair, and separators of lines and paragraphs
 
 
 def visible(text: str) -> str:
     """``text`` with a sign in the place of every character that would do something else than be seen."""
     return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def visible_token(token: str) -> str:
+    """One token, so that it is seen even where it is nothing but space, or a part of a character."""
+    return visible(token.replace(" ", SPACE) if token.isspace() else token) or NOTHING
 
 
 def _shown(character: str) -> str:

@@ -35,7 +35,10 @@ def hostile() -> Inspection:
     model = wrap(model, tokenizer, thought_tokens=3, ahead_tokens=2, start_init=None, end_init=None)
     model.qstar_mixing_head.output.weight.data.normal_(0, 0.5)
     options = dict(max_tokens=None, temperature=0.0, name="\x1b[31mmodel\u202e</title><script>", controls=False)
-    return qstar.inspect(model, tokenizer, HOSTILE, **options)
+    found = qstar.inspect(model, tokenizer, HOSTILE, **options)
+    first = found.documents[0]
+    found.documents.append(replace(first, tokens=["w" * 50_000, *first.tokens[1:]]))  # as other tokenizers have it
+    return found
 
 
 def lengthened(found: Inspection, tokens: int) -> Inspection:

@@ -133,6 +133,7 @@ def test_a_terminal_that_knows_few_characters_is_told_their_numbers(folder, tmp_
             "text_column is 'said', but there is no file of texts: give --file",
         ),
         (("--text", "a b", "--documents", "line"), "documents is 'line', but there is no file of texts: give --file"),
+        (("--file", "."), "file is '.', but it must be a file, not a folder"),
         (("--file", "nowhere.txt"), "file is 'nowhere.txt', but there is no such file or folder"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -16,7 +16,7 @@ import qstar
 from qstar.inspection.data import Inspection
 from qstar.inspection.highlights import SURPRISE_SCALE, WEIGHT_SCALE, extremes, level, places
 from qstar.inspection.page import page, page_data
-from qstar.inspection.visible import visible
+from qstar.inspection.visible import visible_token
 
 EMPTY = ("meta", "input", "br")
 
@@ -76,7 +76,7 @@ def test_the_data_in_the_page_is_that_of_the_inspection(which, request):
     assert len(set(strings)) == len(strings)
     assert len(data["documents"]) == len(found.documents)
     for ours, document in zip(data["documents"], found.documents, strict=True):
-        assert [strings[each] for each in ours["tokens"]] == [visible(each) for each in document.tokens]
+        assert [strings[each] for each in ours["tokens"]] == [visible_token(each) for each in document.tokens]
         assert [int(each) for each in sorted(ours["positions"], key=int)] == [each.index for each in document.positions]
         for position in document.positions:
             mine = ours["positions"][str(position.index)]
@@ -85,10 +85,10 @@ def test_the_data_in_the_page_is_that_of_the_inspection(which, request):
                 assert mine[name.split("_")[0]] == [close(value) for value in getattr(position, name)]
             for name in ("before", "after"):
                 assert [[strings[text], p] for text, p in mine[name]] == [
-                    [visible(each.text), close(each.probability)] for each in getattr(position, name)
+                    [visible_token(each.text), close(each.probability)] for each in getattr(position, name)
                 ]
             for shown, rationale in zip(mine["rationales"], position.rationales, strict=True):
-                assert [strings[each] for each in shown["tokens"]] == [visible(each) for each in rationale.tokens]
+                assert [strings[each] for each in shown["tokens"]] == [visible_token(each) for each in rationale.tokens]
                 assert shown["log_probs"] == [close(value) for value in rationale.log_probs]
                 for name in ("weight", "entropy", "advantage"):
                     assert shown[name] == close(getattr(rationale, name))
@@ -103,10 +103,8 @@ def test_every_token_is_there_with_its_levels(which, request):
         known = {each.index + 1: each for each in document.positions}
         for place, token in enumerate(document.tokens):
             mine, text = shown[f"t{number}-{place}"]
-            if token.strip():
-                assert text == visible(token)
-            else:
-                assert text == (visible(token.replace(" ", "␣")) or "·") and mine["aria-label"]
+            assert text == visible_token(token)
+            assert mine.get("aria-label", text).startswith(text) and ("aria-label" in mine) == (not token.strip())
             position = known.get(place)
             expected = None
             if position is not None and position.gain is not None:

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from qstar.inspection.visible import visible
+from qstar.inspection.visible import visible, visible_token
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,12 @@ def test_each_kind_of_character_is_shown_by_its_sign(text, shown):
 def test_no_character_that_steers_is_left():
     whole = visible("".join(map(chr, range(sys.maxunicode + 1))))
     assert not {unicodedata.category(character) for character in whole} & {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [("", "·"), (" ", "␣"), ("  \n", "␣␣␊"), (" a b", " a b"), ("\u2028", "<U+2028>"), ("·", "·")],
+    ids=ascii,
+)
+def test_a_token_is_seen_even_where_it_is_nothing_but_space(token, shown):
+    assert visible_token(token) == shown
