@@ -8,7 +8,7 @@ import tiny
 import tokenizers_of_kinds as kinds
 
 import qstar
-from qstar.inspection.data import Inspection
+from qstar.inspection.data import Document, Inspection
 from qstar.wrapping import wrap
 
 HOSTILE = [
@@ -36,9 +36,19 @@ def hostile() -> Inspection:
     model.qstar_mixing_head.output.weight.data.normal_(0, 0.5)
     options = dict(max_tokens=None, temperature=0.0, name="\x1b[31mmodel\u202e</title><script>", controls=False)
     found = qstar.inspect(model, tokenizer, HOSTILE, **options)
-    first = found.documents[0]
-    found.documents.append(replace(first, tokens=["w" * 50_000, *first.tokens[1:]]))  # as other tokenizers have it
+    found.documents.append(_with_whole_texts(found.documents[0]))
     return found
+
+
+def _with_whole_texts(document: Document) -> Document:
+    """As of a tokenizer that makes a token of each text, and of a word of 50,000 letters."""
+    texts = ["w" * 50_000, *HOSTILE]
+    first, *rest = document.positions
+    likely = [each._replace(text=text) for each, text in zip(first.before, texts[2:], strict=False)]
+    rationales = [replace(each, tokens=texts[3:6]) for each in first.rationales]
+    first = replace(first, before=likely, after=likely, rationales=rationales)
+    tokens = [*texts, *document.tokens[len(texts) :]]
+    return replace(document, tokens=tokens, positions=[first, *rest])
 
 
 def lengthened(found: Inspection, tokens: int) -> Inspection:
