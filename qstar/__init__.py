@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qstar.embedded.run import train_embedded
     from qstar.evaluation.held_out import evaluate
     from qstar.evaluation.run import evaluate_tasks
+    from qstar.inspection.run import inspect
     from qstar.learning import Objective
     from qstar.model import QuietStarModel
     from qstar.training.fit import TrainResult
@@ -36,6 +37,7 @@ _HOME = {
     "TrainResult": "training.fit",
     "evaluate": "evaluation.held_out",
     "evaluate_tasks": "evaluation.run",
+    "inspect": "inspection.run",
     "load": "wrapping",
     "merge_adapters": "adapters",
     "star": "ancestors.star",
@@ -52,6 +54,7 @@ __all__ = [
     "TrainResult",
     "evaluate",
     "evaluate_tasks",
+    "inspect",
     "load",
     "merge_adapters",
     "star",

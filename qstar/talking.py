@@ -7,6 +7,7 @@ is read token by token into the cache of the text (:func:`speak`). ``learning.py
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -42,6 +43,22 @@ class Talk:
     policy: Tensor
 
 
+class MixedStates(NamedTuple):
+    """States that the output head predicts from.
+
+    Attributes:
+        base: of the text, ``[B, N, E]``.
+        policy: that predict the sampled tokens, ``[B, N, r, K, E]``.
+        mixed: that predict ``x_{i+k+1}`` after the thought at ``i``, ``[B, N, r, m, E]``, at least fp32.
+        weight: of the thought in them, ``[B, N, r, m]``.
+    """
+
+    base: Tensor
+    policy: Tensor
+    mixed: Tensor
+    weight: Tensor
+
+
 def read_grid(
     model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, max_tokens: int | None = None
 ) -> Tensor:
@@ -70,6 +87,18 @@ def read_grid(
     return torch.cat([base[:, :, None], after], dim=2).flatten(1, 2)
 
 
+def mixed_states(
+    model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, max_grid_tokens: int | None = None
+) -> MixedStates:
+    """Read the text and thoughts ``[B, N, r, K]``, and mix what each thought leads to; the rest as :func:`talk`."""
+    base, policy, after = grid.split(read_grid(model, text, grid, thoughts, max_grid_tokens))
+    batch, positions = text.tokens.shape
+    row = torch.arange(batch, device=base.device)[:, None, None] * positions
+    base_index = repeat(row + grid.ahead_positions(base.device), "b n m -> b n r m", r=grid.rationales)
+    mixed, weight = model.mix(base.flatten(0, 1), after.flatten(0, 3), base_index.flatten())
+    return MixedStates(base, policy, mixed.unflatten(0, base_index.shape), weight.view_as(base_index))
+
+
 def talk(
     model: QuietStarModel,
     text: Text,
@@ -88,31 +117,32 @@ def talk(
         counts: what the means of the loss are taken over; over this batch by default.
         max_grid_tokens: how much is read at once, see :func:`read_grid`; all by default.
     """
-    counts = text.counts(grid) if counts is None else counts
     with record_function("qstar::talk"):
-        base, policy, after = grid.split(read_grid(model, text, grid, thoughts, max_grid_tokens))
-        batch, positions = text.tokens.shape
-        targets = text.talk_targets(grid)
+        return score_states(model, text, grid, mixed_states(model, text, grid, thoughts, max_grid_tokens), counts)
 
-        row = torch.arange(batch, device=base.device)[:, None, None] * positions
-        base_index = repeat(row + grid.ahead_positions(base.device), "b n m -> b n r m", r=grid.rationales)
-        base = rearrange(base, "b n e -> (b n) e")
-        mixed, weight = model.mix(base, after.flatten(0, 3), base_index.flatten())
-        talk_targets = repeat(targets, "b n m -> b n r m", r=grid.rationales)
-        talk_counts = counts.ahead * grid.rationales * grid.ahead_tokens
-        total, log_prob = model.language_head().log_prob_sum(
-            torch.cat([base.to(mixed.dtype), mixed]),
-            torch.cat([text.targets.flatten(), talk_targets.flatten()]),
-            torch.cat([shares(text.targets, counts.text).flatten(), shares(talk_targets, talk_counts).flatten()]),
-        )
-        log_base, log_talk = log_prob.split([len(base), len(mixed)])
+
+def score_states(
+    model: QuietStarModel, text: Text, grid: ThoughtGrid, states: MixedStates, counts: Counts | None = None
+) -> Talk:
+    """What ``states`` make of the text; the rest as :func:`talk`, which this is the second half of."""
+    counts = text.counts(grid) if counts is None else counts
+    targets = text.talk_targets(grid)
+    base, mixed = states.base.flatten(0, 1), states.mixed.flatten(0, 3)
+    talk_targets = repeat(targets, "b n m -> b n r m", r=grid.rationales)
+    talk_counts = counts.ahead * grid.rationales * grid.ahead_tokens
+    total, log_prob = model.language_head().log_prob_sum(
+        torch.cat([base.to(mixed.dtype), mixed]),
+        torch.cat([text.targets.flatten(), talk_targets.flatten()]),
+        torch.cat([shares(text.targets, counts.text).flatten(), shares(talk_targets, talk_counts).flatten()]),
+    )
+    log_base, log_talk = log_prob.split([len(base), len(mixed)])
     return Talk(
         loss=-total / 2,
-        log_base=log_base.view(batch, positions),
-        log_talk=log_talk.view_as(base_index),
-        weight=weight.detach().view_as(base_index),
+        log_base=log_base.view(text.tokens.shape),
+        log_talk=log_talk.view_as(talk_targets),
+        weight=states.weight.detach(),
         targets=targets,
-        policy=policy,
+        policy=states.policy,
     )
 
 

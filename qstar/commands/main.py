@@ -13,6 +13,7 @@ COMMANDS = {
     "chat": "talk to a trained model",
     "merge": "add trained adapters (LoRA) to their base: a folder with an ordinary model",
     "eval": "what a model gained by thinking: on tasks, beside controls, and on held-out text",
+    "inspect": "what a model thought at each token of a text, how much of it counted, and what it gained",
     "star": "teach a model to reason by those of its own rationales that reach the right answer (STaR)",
     "compare": "Quiet-STaR beside direct answers, chain of thought, pause tokens and STaR, on the built-in task",
     "doctor": "whether all is well here: versions, devices, backends, and a check of itself",

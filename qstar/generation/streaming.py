@@ -22,10 +22,11 @@ class GrowingText:
 
     Attributes:
         tokens: all so far.
+        show_special: special tokens are text as well.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], *, show_special: bool = False):
+        self.tokenizer, self.show_special = tokenizer, show_special
         self.tokens = list(prompt)
         self._begin, self._known = 0, len(prompt)  # the last piece that was text is tokens[_begin:_known]
 
@@ -47,8 +48,8 @@ class GrowingText:
 
     def _decoded(self, end: int) -> str:
         tokens = self.tokens[self._begin : end]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return cast(str, text)
+        options = dict(skip_special_tokens=not self.show_special, clean_up_tokenization_spaces=False)
+        return cast(str, self.tokenizer.decode(tokens, **options))
 
 
 class ThoughtStreamer(BaseStreamer):

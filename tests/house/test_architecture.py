@@ -37,6 +37,7 @@ FLOORS = (  # of qstar/, from the ground up: a file imports from its own room, o
     ("classes",),
     ("wrapping", "prompting"),
     ("evaluation",),
+    ("inspection",),
     ("training",),
     ("ancestors",),
     ("embedded",),

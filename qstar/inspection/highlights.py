@@ -1,0 +1,82 @@
+"""What a person looks at first: how large a gain is, the best and the worst thoughts, and how values are spread."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from qstar.inspection.data import Document, Inspection, Position
+
+SCALE = (0.05, 0.3, 1.0)  # nats: fixed, so that a colour means the same everywhere
+LEVELS = range(-len(SCALE), len(SCALE) + 1)
+WEIGHT_SCALE = (0.05, 0.2, 0.5)
+SURPRISE_SCALE = (1.0, 2.0, 4.0)  # nats
+WEIGHTS = tuple(tenth / 10 for tenth in range(11))
+
+
+class Place(NamedTuple):
+    """A position in an inspection.
+
+    Attributes:
+        number: of the document, from 0.
+        document: it itself.
+        position: in it.
+    """
+
+    number: int
+    document: Document
+    position: Position
+
+
+def level(value: float, scale: Sequence[float] = SCALE) -> int:
+    """How large a value is on a scale, on both sides of 0: -3 to 3, and 0 where it is below the first bound."""
+    size = bisect_right(scale, abs(value))
+    return size if value > 0 else -size
+
+
+def level_name(step: int, scale: Sequence[float] = SCALE) -> str:
+    """Which values are at a level."""
+    if step == 0:
+        return f"-{scale[0]:g} to +{scale[0]:g}"
+    sign, size = ("+", step) if step > 0 else ("-", -step)
+    low = f"{sign}{scale[size - 1]:g}"
+    return f"{low} to {sign}{scale[size]:g}" if size < len(scale) else f"{low} and {'more' if step > 0 else 'less'}"
+
+
+def counted(number: int, what: str) -> str:
+    """So many of something, in words."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def places(inspection: Inspection) -> list[Place]:
+    """Where a next token is predicted, in the order of the text."""
+    return [
+        Place(number, document, position)
+        for number, document in enumerate(inspection.documents)
+        for position in document.positions
+        if position.gain is not None
+    ]
+
+
+def extremes(inspection: Inspection, count: int) -> tuple[list[Place], list[Place]]:
+    """The ``count`` largest gains for a next token, and losses, the largest first; equal ones as in the text."""
+    known = [(each.position.gain or 0.0, each) for each in places(inspection)]
+    best = sorted((pair for pair in known if pair[0] > 0), key=lambda pair: -pair[0])
+    worst = sorted((pair for pair in known if pair[0] < 0), key=lambda pair: pair[0])
+    return [each for _, each in best[:count]], [each for _, each in worst[:count]]
+
+
+def histogram(values: Iterable[float], bounds: Sequence[float]) -> list[int]:
+    """How many values are below the first bound, between each two, and from the last on; bounds are of upper bins."""
+    counts = [0] * (len(bounds) + 1)
+    for value in values:
+        counts[bisect_right(bounds, value)] += 1
+    return counts
+
+
+def bin_names(bounds: Sequence[float]) -> list[str]:
+    """What the bins of :func:`histogram` are called."""
+    between = [f"{low:g} to {high:g}" for low, high in pairwise(bounds)]
+    return [f"below {bounds[0]:g}", *between, f"{bounds[-1]:g} and more"]
