@@ -16,7 +16,7 @@ HOSTILE = [
     "\u202eright to left\u2066 \u200f",
     "[bold red]markup[/] :smile: [link=file:///etc/passwd]x[/link] {{ 7 * 7 }} {% raw %}",
     "😀0😀 \r\n\b\b \x00 \x7f",
-    '<script>alert(1)</script><!--<script> </style><img src=x onerror=alert(2)> & &lt; "quotes" \'',
+    '<img src=x onerror=alert(2)><script>alert(1)</script> </style><!--<script> & &lt; "quotes" \'',
     "w" * 3000,
     "\u2028日本語\u2029\ufeff",
 ]

@@ -235,8 +235,10 @@ def test_hostile_text_is_shown_as_text(browser, files, hostile):
         browser.run(f"document.getElementById('t{document}-0').focus()")
         for place in range(min(len(hostile.documents[document].tokens), 12)):
             assert f"text {document + 1}, token {place + 1}" in browser.run(PANEL)
+            token = visible_token(hostile.documents[document].tokens[place])
+            assert browser.run("document.querySelector('#token h2').textContent") == f"⟦{token}⟧"
+            assert browser.run("document.querySelectorAll('script, img, style').length") == 3
             browser.press("ArrowRight")
-    assert browser.run("document.querySelectorAll('script, img, style').length") == 3
     assert browser.complaints == []
 
 
