@@ -9,6 +9,7 @@
   let data = null;
   let chosen = null;
   let held = false;
+  let pointed = "";
 
   const signed = (value, digits = 3) => (value === null ? "" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits));
   const plain = (value, digits = 3) => (value === null ? "" : (value < 0 ? "−" : "") + Math.abs(value).toFixed(digits));
@@ -93,7 +94,11 @@
 
   const token_of = (event) => (event.target instanceof Element ? event.target.closest("#texts .t") : null);
 
-  texts.addEventListener("pointerover", (event) => {
+  // Text that scrolls under a pointer at rest is not pointed at: keys and links would lose their token to it.
+  texts.addEventListener("pointermove", (event) => {
+    const spot = `${event.screenX} ${event.screenY}`;
+    if (spot === pointed) return;
+    pointed = spot;
     const token = token_of(event);
     if (token && !held) choose(token);
   });

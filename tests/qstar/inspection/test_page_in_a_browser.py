@@ -176,6 +176,17 @@ def test_a_token_that_is_held_stays_while_the_pointer_moves_on(browser, files, f
     assert browser.run(STATUS) == expected_status(found, "t1-4")
 
 
+def test_a_pointer_at_rest_takes_no_token_from_keys(browser, files, found):
+    """A browser tells it what lies under it now where the page has scrolled."""
+    browser.open(files["found"])
+    browser.point("#t0-4")
+    browser.run("document.getElementById('t1-2').focus()")
+    browser.point("#t0-4")
+    assert browser.run(STATUS) == expected_status(found, "t1-2")
+    browser.point("#t0-5")
+    assert browser.run(STATUS) == expected_status(found, "t0-5")
+
+
 @pytest.mark.parametrize("kind", ["gain", "weight", "surprise"])
 def test_the_switch_changes_colours_signs_and_legend(browser, files, kind):
     browser.open(files["found"])
