@@ -79,13 +79,14 @@ def run(arguments: list[str]) -> None:
         for report in reports:
             print(f"{report.table()}\n")
             print(draw_report(report, output.with_suffix("") / f"{report.task}.svg"))
+    shared: dict[str, Any] = dict(
+        batch_size=settings.batch_size, temperature=settings.thought_temperature, seed=settings.seed
+    )
     if held_out:
-        shared = dict(batch_size=settings.batch_size, temperature=settings.thought_temperature, seed=settings.seed)
         result = evaluate(cast(Any, model), tokenizer, **options, **shared)
         print(evaluation_table(result))
         more[HELD_OUT] = {"dataset": dataset, **result.summary(), **asdict(result)}
     if harness:
-        shared = dict(batch_size=settings.batch_size, temperature=settings.thought_temperature, seed=settings.seed)
         found = evaluate_with_harness(model, tokenizer, harness.split(","), **of_harness, **shared)
         print(harness_table(found))
         more["lm_eval"] = found

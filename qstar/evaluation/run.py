@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qstar.config import check_names, setting, setting_names
 from qstar.evaluation import controls
-from qstar.evaluation.direct import answer_directly, requests_of, thoughts_of
+from qstar.evaluation.direct import answer_directly, thoughts_of
 from qstar.evaluation.exemplars import read_exemplars
 from qstar.evaluation.questions import Question, Questions, fingerprint, read_questions
 from qstar.evaluation.reasoning import ReasoningSettings, check_repeats, reason
@@ -259,7 +259,7 @@ class _Asking:
     @cached_property
     def begins(self) -> list[int]:
         """How many requests stand before those of each question."""
-        counts = [len(requests_of(self.task, each, self.tokenizer)) for each in self.questions.questions]
+        counts = (len(self.task.choice_texts(each)) or 1 for each in self.questions.questions)
         return list(accumulate(counts, initial=0))
 
     def ask(self, name: str, settings: dict[str, Any], answer: Callable[[Sequence[int]], Answers]) -> Row:

@@ -13,7 +13,6 @@ import pytest
 import tiny
 
 import qstar
-from qstar.inspection.data import Inspection
 from qstar.inspection.highlights import SURPRISE_SCALE, WEIGHT_SCALE, extremes, level, places
 from qstar.inspection.page import page, page_data
 from qstar.inspection.visible import visible_token
@@ -51,16 +50,6 @@ class Parsed(HTMLParser):
     def data(self):
         [(_, text)] = self.of("script", type="application/json")
         return json.loads(text)
-
-
-@pytest.fixture(scope="module")
-def found() -> Inspection:
-    return inspected.ordinary()
-
-
-@pytest.fixture(scope="module")
-def hostile() -> Inspection:
-    return inspected.hostile()
 
 
 def close(value):

@@ -28,16 +28,6 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found() -> Inspection:
-    return inspected.ordinary()
-
-
-@pytest.fixture(scope="module")
-def hostile() -> Inspection:
-    return inspected.hostile()
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory, found, hostile) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     made = {"found": found, "hostile": hostile, "long": inspected.lengthened(found, 20_000)}

@@ -6,25 +6,13 @@ import re
 import unicodedata
 from dataclasses import replace
 
-import inspected
 import pytest
 from rich.cells import cell_len
 
-from qstar.inspection.data import Inspection
 from qstar.inspection.highlights import extremes, level, places
 from qstar.inspection.terminal import SIGNS, render
 
 CODES = re.compile(r"\x1b\[[0-9;]*m")
-
-
-@pytest.fixture(scope="module")
-def found() -> Inspection:
-    return inspected.ordinary()
-
-
-@pytest.fixture(scope="module")
-def hostile() -> Inspection:
-    return inspected.hostile()
 
 
 def test_every_gain_is_signed_in_the_text(found):
