@@ -28,9 +28,10 @@ from qstar.talking import text_loss
 from qstar.training.card import Source, Sources
 from qstar.training.fit import TrainResult, fit
 from qstar.training.folders import run_folder
+from qstar.training.inspections import INDEX
 from qstar.training.lora import LoraSettings
 from qstar.training.prepare import split_settings
-from qstar.training.settings import QuietStarArguments
+from qstar.training.settings import UNSEEN, QuietStarArguments
 from qstar.training.trainer import QuietStarTrainer
 from qstar.wrapping import wrap
 
@@ -60,6 +61,7 @@ SETTINGS: dict[str, Any] = dict(
     logging_steps=5,
     sample_steps=25,
     gradient_norm_steps=50,
+    inspect_steps=5,
     max_grid_tokens=0,
     save_strategy="no",
 )
@@ -125,13 +127,13 @@ def _train_and_compare(folder: Path, thoughts: dict[str, Any], settings: dict[st
 
     print("2/4  it learns to think")
     rows = training_rows(tokenizer, args)
+    written = problems(WRITTEN_PROBLEMS, args.seed, tokenizer)
+    held_out = problem_rows(written, tokenizer, args)
     sources = Sources(Source(f"a {type(decoder).__name__}, pre-trained on such sums"), Source("sums modulo ten"))
-    metrics = fit(model, tokenizer, args, rows, sources=sources)
+    metrics = fit(model, tokenizer, args, rows, held_out, sources=sources)
 
     print("3/4  beside it, a copy goes through as many steps of plain training")
-    plain_args = QuietStarArguments(
-        **(settings | dict(output_dir=str(folder / "plain"), sample_steps=0, push_to_hub=False))
-    )
+    plain_args = QuietStarArguments(**(settings | UNSEEN | dict(output_dir=str(folder / "plain"), push_to_hub=False)))
     PlainTrainer(plain, plain_args, train_dataset=rows, processing_class=tokenizer).train()
     plain.save_pretrained(folder / "plain")
 
@@ -149,7 +151,9 @@ def _train_and_compare(folder: Path, thoughts: dict[str, Any], settings: dict[st
     (folder / REPORT_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     chance = f"chance is 1 in {len(asked.choices)}"
     print(f"\n{report_table(scores)}\n\n{PROBLEMS} held-out problems, {chance}; {seconds} s in all")
-    write_problems(folder / PROBLEMS_FILE, problems(WRITTEN_PROBLEMS, args.seed, tokenizer), tokenizer)
+    write_problems(folder / PROBLEMS_FILE, written, tokenizer)
+    if args.inspect_steps:
+        print(f"see its thoughts: open {folder / INDEX} in a browser")
     print(f"try it: qstar generate {folder} --prompts {folder / PROBLEMS_FILE} --max-new-tokens 1")
     return TrainResult(model, tokenizer, {**metrics, "report": report}, folder)
 
@@ -172,6 +176,14 @@ def training_rows(tokenizer: PreTrainedTokenizerBase, args: QuietStarArguments) 
     shortest = min(len(tokenizer(text)["input_ids"]) + 1 for text in documents(100, args.seed))
     texts = documents(rows * args.seq_length // shortest + 1, args.seed + 1)
     return pack(Dataset.from_dict({args.text_column: texts}), tokenizer, args.seq_length, args.text_column)
+
+
+def problem_rows(asked: Problems, tokenizer: PreTrainedTokenizerBase, args: QuietStarArguments) -> Dataset:
+    """Problems with their answers as packed rows, none of them cut where a row has room for one."""
+    texts = [tokenizer.decode([*each, answer]) for each, answer in zip(asked.prompts, asked.answers, strict=True)]
+    tokens = len(tokenizer(texts[0])["input_ids"]) + 1
+    length = args.seq_length // tokens * tokens or args.seq_length
+    return pack(Dataset.from_dict({args.text_column: texts}), tokenizer, length, args.text_column)
 
 
 def write_problems(path: Path, asked: Problems, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -28,12 +28,14 @@ class Part(NamedTuple):
         document: number of the text.
         begin: place of the first of the tokens in it.
         tokens: ``[N]`` int64.
+        labels: the same, ``IGNORED`` in the place of those that are not to be predicted.
         row_offset: rows (position, rationale) that the parts before have, as :func:`qstar.thinking.think` takes it.
     """
 
     document: int
     begin: int
     tokens: Tensor
+    labels: Tensor
     row_offset: int
 
 
@@ -77,7 +79,7 @@ def measure(model: QuietStarModel, part: Part, settings: InspectionSettings) -> 
     Raises:
         FloatingPointError: a log-probability is not finite.
     """
-    found = model(input_ids=_row(model, part), objective=partial(_found, part=part, settings=settings))
+    found = model(**_batch(model, part), objective=partial(_found, part=part, settings=settings))
     return cast(Found, found)
 
 
@@ -86,21 +88,22 @@ def gains_of(model: QuietStarModel, part: Part, thoughts: Tensor, max_grid_token
     """What other thoughts ``[N, K]`` gain for the next tokens that are predicted, nats."""
     given = thoughts[None, :, None].to(embedding_rows(model).device)
 
-    def spoken(model: QuietStarModel, input_ids: Tensor) -> Talk:
-        text, grid = read_batch(model, input_ids), model.grid(len(part.tokens), rationales=1)
+    def spoken(model: QuietStarModel, **batch: Tensor) -> Talk:
+        text, grid = read_batch(model, **batch), model.grid(len(part.tokens), rationales=1)
         return talk(model, text, grid, given, max_grid_tokens=max_grid_tokens)
 
-    found = cast(Talk, model(input_ids=_row(model, part), objective=spoken))
+    found = cast(Talk, model(**_batch(model, part), objective=spoken))
     gains = found.log_talk[0, :, 0, 0].double() - found.log_base[0].double()
     return cast(list[float], gains[found.targets[0, :, 0] != IGNORED].tolist())
 
 
-def _row(model: QuietStarModel, part: Part) -> Tensor:
-    return part.tokens[None].to(embedding_rows(model).device)
+def _batch(model: QuietStarModel, part: Part) -> dict[str, Tensor]:
+    device = embedding_rows(model).device
+    return {"input_ids": part.tokens[None].to(device), "labels": part.labels[None].to(device)}
 
 
-def _found(model: QuietStarModel, input_ids: Tensor, *, part: Part, settings: InspectionSettings) -> Found:
-    text = read_batch(model, input_ids)
+def _found(model: QuietStarModel, *, part: Part, settings: InspectionSettings, **batch: Tensor) -> Found:
+    text = read_batch(model, **batch)
     grid = model.grid(len(part.tokens), rationales=cast(int, settings.rationales))
     thoughts = think(
         model, text, grid, temperature=settings.temperature, seed=settings.seed, row_offset=part.row_offset

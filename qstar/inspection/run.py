@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,18 @@ from qstar.model import QuietStarModel
 from qstar.thinking import evaluating
 
 VERSIONS = ("quiet-star", "torch", "transformers")
+
+
+class Tokens(NamedTuple):
+    """A text.
+
+    Attributes:
+        ids: its tokens.
+        labels: the same, ``IGNORED`` in the place of those that are not to be predicted.
+    """
+
+    ids: list[int]
+    labels: list[int]
 
 
 def inspect(
@@ -55,13 +67,31 @@ def inspect(
         FloatingPointError: a prediction is not finite.
     """
     check_names("inspect()", settings, setting_names(InspectionSettings))
-    chosen = _resolved(InspectionSettings(**settings), model)
+    chosen = InspectionSettings(**settings)
     documents, cut = _tokens(tokenizer, [texts] if isinstance(texts, str) else texts, chosen.max_tokens)
+    return inspect_tokens(model, tokenizer, documents, chosen, cut=cut, name=name)
+
+
+def inspect_tokens(
+    model: QuietStarModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Tokens],
+    settings: InspectionSettings,
+    *,
+    cut: bool,
+    name: str | None = None,
+) -> Inspection:
+    """:func:`inspect` of texts as tokens, all of them; ``cut`` says whether there was more text.
+
+    Raises:
+        ValueError, FloatingPointError: as :func:`inspect`.
+    """
+    chosen = _resolved(settings, model)
     parts = list(_parts(documents, chosen))
     if not parts:
         raise ValueError(NOTHING)
     pieces = Pieces(tokenizer)
-    shown = [Document(tokens=pieces.of_text(each), token_ids=each, positions=[]) for each in documents]
+    shown = [Document(tokens=pieces.of_text(each.ids), token_ids=each.ids, positions=[]) for each in documents]
     with evaluating(model):
         found = [measure(model, part, chosen) for part in parts]
         for part, each in zip(parts, found, strict=True):
@@ -89,29 +119,30 @@ def _resolved(settings: InspectionSettings, model: QuietStarModel) -> Inspection
     return replace(settings, rationales=model.qstar.rationales if settings.temperature else 1)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], most: int | None) -> tuple[list[list[int]], bool]:
-    """Tokens of texts, as many as ``most``, and whether there were more."""
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], most: int | None) -> tuple[list[Tokens], bool]:
+    """Texts as tokens, as many as ``most``, and whether there were more."""
     read = text_reader(tokenizer, "text", None, "texts")
-    documents: list[list[int]] = []
+    documents: list[Tokens] = []
     left = most
     for row, text in enumerate(texts):
-        for tokens, _ in read({"text": [text]}, [row]):
-            if left is not None and len(tokens) > left:
-                return [*documents, tokens[:left]] if left else documents, True
-            documents.append(tokens)
-            left = None if left is None else left - len(tokens)
+        for ids, labels in read({"text": [text]}, [row]):
+            if left is not None and len(ids) > left:
+                return [*documents, Tokens(ids[:left], labels[:left])] if left else documents, True
+            documents.append(Tokens(ids, labels))
+            left = None if left is None else left - len(ids)
     return documents, False
 
 
-def _parts(documents: Sequence[Sequence[int]], settings: InspectionSettings) -> Iterator[Part]:
+def _parts(documents: Sequence[Tokens], settings: InspectionSettings) -> Iterator[Part]:
     """Documents in parts of at most ``seq_length`` tokens, those of a single token left out."""
     row_offset = 0
-    for number, tokens in enumerate(documents):
-        for begin in range(0, len(tokens), settings.seq_length):
-            here = torch.tensor(tokens[begin : begin + settings.seq_length])
-            if len(here) > 1:
-                yield Part(number, begin, here, row_offset)
-                row_offset += len(here) * (settings.rationales or 1)
+    for number, (ids, labels) in enumerate(documents):
+        for begin in range(0, len(ids), settings.seq_length):
+            here = slice(begin, begin + settings.seq_length)
+            part = Part(number, begin, torch.tensor(ids[here]), torch.tensor(labels[here]), row_offset)
+            if len(part.tokens) > 1:
+                yield part
+                row_offset += len(part.tokens) * (settings.rationales or 1)
 
 
 def _positions(found: Found, begin: int, pieces: Pieces) -> Iterator[Position]:

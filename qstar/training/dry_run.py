@@ -23,12 +23,12 @@ from qstar.cpu import keep_freed_memory
 from qstar.training.folders import check_unused, default_folders
 from qstar.training.prepare import Prepared, prepare, split_settings
 from qstar.training.savable import check_savable, saved_bytes
-from qstar.training.settings import QuietStarArguments
+from qstar.training.settings import UNSEEN, QuietStarArguments
 from qstar.training.step_memory import StepMemory
 from qstar.training.trainer import QuietStarTrainer
 
 OTHERWISE: dict[str, Any] = dict(
-    push_to_hub=False, eval_on_start=False, report_to="none", disable_tqdm=True, sample_steps=0
+    push_to_hub=False, eval_on_start=False, report_to="none", disable_tqdm=True, **UNSEEN
 )  # in the step that is tried
 MIB, GIB = 2**20, 2**30
 

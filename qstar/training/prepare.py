@@ -66,6 +66,8 @@ def prepare(
     for name, value, default in (("eval_split", args.eval_split, "test"), ("eval_config", args.eval_config, None)):
         if eval_dataset is None and value != default:
             raise ValueError(f"{name} is {value!r}, but there is no eval_dataset that it could be of")
+    if eval_dataset is None and args.inspect_steps:
+        raise ValueError(f"inspect_steps is {args.inspect_steps}, but there is no eval_dataset whose texts to inspect")
     set_seed(args.seed)
     check_model_name(model)
     texts = read_texts(dataset, args.dataset_split, args, args.dataset_config)

@@ -36,12 +36,15 @@ IGNORED_ARGUMENTS = {
 }  # fields of TrainingArguments that would be ignored, or make a result wrong
 UNSAVED_OPTIMIZERS = ("adamw_torch_4bit", "adamw_torch_8bit")  # their states are tensors of a class of torchao's
 GRID_TOKENS = 4096  # a step of a model of 135M parameters then takes 10 GiB, and a GPU has enough to do
+UNSEEN: dict[str, Any] = dict(sample_steps=0, inspect_steps=0, inspect_tokens=256)  # nobody looks at the thoughts
 LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "sample_steps": 0,
     "gradient_norm_steps": 0,
+    "inspect_steps": 0,
+    "inspect_tokens": 2,
     "seed": 0,
 }
 LESS_IS_BETTER = ("loss", "nll_base", "nll_talk", "perplexity_base", "perplexity_talk")  # of what an evaluation finds
@@ -114,6 +117,12 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
     gradient_norm_steps: int = setting(
         100, "Log both losses' gradient norms every so many steps, on one process; 0 for never."
     )
+    inspect_steps: int = setting(
+        0,
+        "Inspect the first texts of eval_dataset every so many steps, and write pages that show their thoughts into "
+        "inspections/; 0 for never.",
+    )
+    inspect_tokens: int = setting(UNSEEN["inspect_tokens"], "Tokens of the texts that are inspected, at most.")
     curves: bool = setting(True, "Draw curves of what was logged into curves.png at the end; needs matplotlib.")
 
     def __post_init__(self) -> None:
@@ -159,6 +168,8 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
             )
         if self.on_nonfinite not in POLICIES:
             raise ValueError(f"on_nonfinite is {self.on_nonfinite!r}, but it must be one of {', '.join(POLICIES)}")
+        if self.inspect_tokens != UNSEEN["inspect_tokens"] and not self.inspect_steps:
+            raise ValueError(f"inspect_tokens is {self.inspect_tokens}, but nothing is inspected: give inspect_steps")
         self.check_data()
         self.check_lora()
         if self.thought_temperature < 0:

@@ -23,6 +23,9 @@ from qstar.data import PadRight
 from qstar.evaluation.held_out import evaluate_rows
 from qstar.evaluation.tables import finite_or_none
 from qstar.grid import Counts, ThoughtGrid
+from qstar.inspection.data import Inspection
+from qstar.inspection.run import inspect_tokens
+from qstar.inspection.settings import InspectionSettings
 from qstar.learning import Objective, QuietStarOutput
 from qstar.model import QuietStarModel
 from qstar.talking import read_batch
@@ -30,6 +33,7 @@ from qstar.training.callbacks import CollapseWarning, ProgressLine, show_thought
 from qstar.training.card import Sources, model_card, write_card
 from qstar.training.finite import MOST_SKIPPED, not_finite, not_finite_before_a_thought, what_to_try
 from qstar.training.hub import push_checkpoint
+from qstar.training.inspections import HeldOut, InspectSteps
 from qstar.training.memory import evaluation_advice, explained, training_advice
 from qstar.training.saving import CheckpointTrainer
 from qstar.training.settings import QuietStarArguments
@@ -87,6 +91,8 @@ class QuietStarTrainer(CheckpointTrainer):
             self.add_callback(ProgressLine)
         if not model.qstar.pauses:
             self.add_callback(CollapseWarning)
+        if args.inspect_steps:
+            self.add_callback(InspectSteps(self._inspect, self.eval_dataset, tokenizer, args))
         self.objective: Objective = args.objective()
         if self.is_deepspeed_enabled:
             self.objective = replace(self.objective, max_grid_tokens=None)
@@ -267,6 +273,20 @@ class QuietStarTrainer(CheckpointTrainer):
             rows = thought_rows(tokenizer, sample["input_ids"][0], sample["thoughts"][0], spoken, step)
             if rows:  # `datasets` cannot read a table without
                 write_table(rows, self.args.folder, step)
+
+    def _inspect(self, step: int, held_out: HeldOut) -> Inspection:
+        """What the model thinks about texts after ``step`` updates; all processes do the passes."""
+        args, tokenizer = self.args, cast(PreTrainedTokenizerBase, self.processing_class)
+        settings = InspectionSettings(
+            seq_length=args.seq_length,
+            max_tokens=args.inspect_tokens,
+            max_grid_tokens=self.objective.max_grid_tokens,
+        )
+        name = f"{args.folder}, step {step}"
+        with explained(lambda: evaluation_advice(args)), self.accelerator.autocast():
+            return inspect_tokens(
+                self.thinking_model, tokenizer, held_out.documents, settings, cut=held_out.cut, name=name
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the updates since the last call, and write all of it to ``metrics.jsonl``."""
