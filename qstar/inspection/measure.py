@@ -1,10 +1,10 @@
-"""What a model makes of one part of a text: its thoughts there, and every number about them."""
+"""What a model makes of parts of texts: its thoughts there, and every number about them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ LOGITS = 1 << 24  # at a time: 64 MiB in float32
 
 
 class Part(NamedTuple):
-    """Tokens of a text that are read together.
+    """Tokens of a text that are read together; several parts may be packed into a row.
 
     Attributes:
         document: number of the text.
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a model made of a part, on the CPU; 0 where nothing is predicted.
+    """What a model made of a part or of a row of them, on the CPU; 0 where nothing is predicted.
 
     Attributes:
         targets: ``[N, m]`` int64, ``IGNORED`` where nothing is predicted.
@@ -68,52 +68,68 @@ class Found(NamedTuple):
 
 
 @torch.no_grad()
-def measure(model: QuietStarModel, part: Part, settings: InspectionSettings) -> Found:
-    """Think at every token of a part, and talk.
+def measure(model: QuietStarModel, row: Sequence[Part], settings: InspectionSettings) -> list[Found]:
+    """Think at every token of parts, and talk.
 
     Args:
         model: in ``eval()``.
-        part: of at least two tokens.
+        row: parts of at least two tokens, each by its ``row_offset`` behind the one before it.
         settings: with a number of rationales.
 
     Raises:
         FloatingPointError: a log-probability is not finite.
     """
-    found = model(**_batch(model, part), objective=partial(_found, part=part, settings=settings))
-    return cast(Found, found)
+    packed = cast(Found, model(**_batch(model, row), objective=partial(_found, row, settings)))
+    return list(map(Found, *(_split(values, row) for values in packed)))
 
 
 @torch.no_grad()
-def gains_of(model: QuietStarModel, part: Part, thoughts: Tensor, max_grid_tokens: int | None = None) -> list[float]:
-    """What other thoughts ``[N, K]`` gain for the next tokens that are predicted, nats."""
-    given = thoughts[None, :, None].to(embedding_rows(model).device)
+def gains_of(
+    model: QuietStarModel, row: Sequence[Part], thoughts: Sequence[Tensor], max_grid_tokens: int | None = None
+) -> list[list[float]]:
+    """For each part of a row what other thoughts ``[N, K]`` gain for the next tokens that are predicted, nats."""
+    given = torch.cat(list(thoughts))[None, :, None].to(embedding_rows(model).device)
 
     def spoken(model: QuietStarModel, **batch: Tensor) -> Talk:
-        text, grid = read_batch(model, **batch), model.grid(len(part.tokens), rationales=1)
+        text, grid = read_batch(model, **batch), model.grid(given.shape[1], rationales=1)
         return talk(model, text, grid, given, max_grid_tokens=max_grid_tokens)
 
-    found = cast(Talk, model(**_batch(model, part), objective=spoken))
+    found = cast(Talk, model(**_batch(model, row), objective=spoken))
     gains = found.log_talk[0, :, 0, 0].double() - found.log_base[0].double()
-    return cast(list[float], gains[found.targets[0, :, 0] != IGNORED].tolist())
+    counted = found.targets[0, :, 0] != IGNORED
+    return [here[known].tolist() for here, known in zip(_split(gains, row), _split(counted, row), strict=True)]
 
 
-def _batch(model: QuietStarModel, part: Part) -> dict[str, Tensor]:
-    device = embedding_rows(model).device
-    return {"input_ids": part.tokens[None].to(device), "labels": part.labels[None].to(device)}
+def _batch(model: QuietStarModel, row: Sequence[Part]) -> dict[str, Tensor]:
+    """Parts as documents that are packed into a row."""
+    packed = {
+        "input_ids": torch.cat([part.tokens for part in row]),
+        "labels": torch.cat([part.labels for part in row]),
+        "position_ids": torch.cat([torch.arange(len(part.tokens)) for part in row]),
+    }
+    return {name: values[None].to(embedding_rows(model).device) for name, values in packed.items()}
 
 
-def _found(model: QuietStarModel, *, part: Part, settings: InspectionSettings, **batch: Tensor) -> Found:
+def _split(values: Any, row: Sequence[Part]) -> list[Any]:
+    """Values ``[N, ...]`` of a row, or tuples of such, by its parts."""
+    if isinstance(values, tuple):
+        return list(zip(*(_split(each, row) for each in values), strict=True))
+    return list(values.split([len(part.tokens) for part in row]))
+
+
+def _found(row: Sequence[Part], settings: InspectionSettings, model: QuietStarModel, **batch: Tensor) -> Found:
     text = read_batch(model, **batch)
-    grid = model.grid(len(part.tokens), rationales=cast(int, settings.rationales))
+    grid = model.grid(text.tokens.shape[1], rationales=cast(int, settings.rationales))
     thoughts = think(
-        model, text, grid, temperature=settings.temperature, seed=settings.seed, row_offset=part.row_offset
+        model, text, grid, temperature=settings.temperature, seed=settings.seed, row_offset=row[0].row_offset
     )
     states = mixed_states(model, text, grid, thoughts, settings.max_grid_tokens)
     spoken = score_states(model, text, grid, states)
-    if not all(values.isfinite().all() for values in (spoken.log_base, spoken.log_talk)):
-        raise FloatingPointError(
-            f"log-probabilities of text {part.document + 1} are not finite: such a model cannot be inspected"
-        )
+    for part, without, after in zip(row, _split(spoken.log_base[0], row), _split(spoken.log_talk[0], row), strict=True):
+        if not (without.isfinite().all() and after.isfinite().all()):
+            raise FloatingPointError(
+                f"log-probabilities of text {part.document + 1} are not finite: such a model cannot be inspected"
+            )
     head = model.language_head()
     policy = states.policy[0].flatten(0, 2)
     ahead = grid.ahead_positions(policy.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -87,17 +88,17 @@ def inspect_tokens(
         ValueError, FloatingPointError: as :func:`inspect`.
     """
     chosen = _resolved(settings, model)
-    parts = list(_parts(documents, chosen))
-    if not parts:
+    rows = list(_rows(_parts(documents, chosen), chosen.seq_length))
+    if not rows:
         raise ValueError(NOTHING)
     pieces = Pieces(tokenizer)
     shown = [Document(tokens=pieces.of_text(each.ids), token_ids=each.ids, positions=[]) for each in documents]
     with evaluating(model):
-        found = [measure(model, part, chosen) for part in parts]
-        for part, each in zip(parts, found, strict=True):
+        found = [each for row in rows for each in measure(model, row, chosen)]
+        for part, each in zip(chain(*rows), found, strict=True):
             shown[part.document].positions += _positions(each, part.begin, pieces)
         kept = [number for number, document in enumerate(shown) if document.positions]
-        gains = _control_gains(model, tokenizer, parts, found, chosen) if chosen.controls else {}
+        gains = _control_gains(model, tokenizer, rows, found, chosen) if chosen.controls else {}
     return Inspection(
         model=name or str(model.name_or_path) or type(model).__name__,
         thought_tokens=model.qstar.thought_tokens,
@@ -145,6 +146,18 @@ def _parts(documents: Sequence[Tokens], settings: InspectionSettings) -> Iterato
                 row_offset += len(part.tokens) * (settings.rationales or 1)
 
 
+def _rows(parts: Iterable[Part], seq_length: int) -> Iterator[list[Part]]:
+    """As many parts as have ``seq_length`` tokens, in their order: those of short texts are read together."""
+    row: list[Part] = []
+    for part in parts:
+        if row and sum(len(each.tokens) for each in (*row, part)) > seq_length:
+            yield row
+            row = []
+        row.append(part)
+    if row:
+        yield row
+
+
 def _positions(found: Found, begin: int, pieces: Pieces) -> Iterator[Position]:
     """Where something is predicted, in a part whose first token is ``begin`` of its document."""
     counted = found.targets != IGNORED
@@ -184,7 +197,7 @@ def _likely(likeliest: tuple[Tensor, Tensor], row: int, pieces: Pieces) -> list[
 def _control_gains(
     model: QuietStarModel,
     tokenizer: PreTrainedTokenizerBase,
-    parts: Sequence[Part],
+    rows: Sequence[Sequence[Part]],
     found: Sequence[Found],
     settings: InspectionSettings,
 ) -> dict[str, dict[int, list[float]]]:
@@ -198,7 +211,9 @@ def _control_gains(
     }
     gains: dict[str, dict[int, list[float]]] = {}
     for name, thoughts in read.items():
-        by_document = gains.setdefault(name, {})
-        for part, each in zip(parts, thoughts, strict=True):
-            by_document.setdefault(part.document, []).extend(gains_of(model, part, each, settings.max_grid_tokens))
+        by_document, left = gains.setdefault(name, {}), iter(thoughts)
+        for row in rows:
+            here = [next(left) for _ in row]
+            for part, each in zip(row, gains_of(model, row, here, settings.max_grid_tokens), strict=True):
+                by_document.setdefault(part.document, []).extend(each)
     return gains
