@@ -28,6 +28,17 @@ def ordinary() -> Inspection:
     return qstar.inspect(model, tiny.tokenizer(), ["a b c d e f", "g h i j k l m", "n o p q"], name="some/model")
 
 
+def learned() -> list[Inspection]:
+    """The same texts at three steps, by models that differ."""
+    found = []
+    for scale in (0.0, 0.3, 1.0):
+        model = tiny.thinking_model("llama", thought_tokens=3, ahead_tokens=2)
+        model.qstar_mixing_head.output.weight.data *= scale
+        model.qstar_start.data *= 1 + scale
+        found.append(qstar.inspect(model, tiny.tokenizer(), ["a b c d e f", "g h i j k l m", "n o p q"], name="some"))
+    return found
+
+
 def hostile() -> Inspection:
     """``HOSTILE``, read by a model whose tokenizer knows every byte, with a hostile name."""
     tokenizer = kinds.byte_level()
