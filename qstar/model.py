@@ -327,6 +327,12 @@ def embedding_rows(model: PreTrainedModel) -> Tensor:
     return cast(Tensor, model.get_input_embeddings().weight)
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """V, the rows of :func:`embedding_rows`, also where DeepSpeed's ZeRO-3 has them in parts."""
+    rows = embedding_rows(model)
+    return int(getattr(rows, "ds_shape", rows.shape)[0])
+
+
 def long_rope_limit(config: PreTrainedConfig) -> int | None:
     """The length up to which LongRoPE takes its short factors, None where a model has no such thing."""
     parameters = getattr(config, "rope_parameters", None) or {}

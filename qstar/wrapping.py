@@ -34,7 +34,15 @@ from qstar.compatibility import (
 )
 from qstar.config import QuietStarConfig, ThoughtSettings, check_names, setting_names
 from qstar.heads import MixingHead
-from qstar.model import BASE_VOCABULARY, EMBEDDINGS_FILE, QuietStarModel, embedding_rows, existing, long_rope_limit
+from qstar.model import (
+    BASE_VOCABULARY,
+    EMBEDDINGS_FILE,
+    QuietStarModel,
+    embedding_rows,
+    existing,
+    long_rope_limit,
+    vocabulary_size,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +191,7 @@ def _with_adapters(folder: str | Path, config: QuietStarConfig, kwargs: dict[str
     at = {} if revision is None else {"revision": revision}
     plain = AutoModelForCausalLM.from_pretrained(name, **({"dtype": dtype} | at | kwargs))
     check_architecture(plain)
-    known = len(embedding_rows(plain))
+    known = vocabulary_size(plain)
     if known != wanted:
         raise ValueError(
             f"{folder} is of a base with {wanted} rows in its vocabulary, but that of {name} has {known}: it is another"
@@ -237,7 +245,7 @@ def _check_small(small: PreTrainedModel, config: QuietStarConfig) -> None:
 def _given_back_unless_it_thinks(model: PreTrainedModel, start: int, end: int) -> Iterator[None]:
     """Make ``model`` what it was if anything inside fails, and say of any failure that it cannot think."""
     plain_class, plain_attention = type(model), model.config._attn_implementation
-    rows, noise = len(embedding_rows(model)), noise_of(model)
+    rows, noise = vocabulary_size(model), noise_of(model)
     written = {token: embedding_rows(model)[token].detach().clone() for token in (start, end) if token < rows}
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
@@ -251,7 +259,7 @@ def _given_back_unless_it_thinks(model: PreTrainedModel, start: int, end: int) -
         model.set_attn_implementation(plain_attention)
         for module, name, value in noise:
             setattr(module, name, value)
-        if len(embedding_rows(model)) != rows:
+        if vocabulary_size(model) != rows:
             model.resize_token_embeddings(rows, mean_resizing=False)
         with torch.no_grad():
             for token, vector in written.items():

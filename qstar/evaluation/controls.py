@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qstar.model import QuietStarModel, embedding_rows
+from qstar.model import QuietStarModel, vocabulary_size
 
 PAUSE, ELSEWHERE, RANDOM, UNTRAINED = (
     "pause tokens",
@@ -44,7 +44,7 @@ def random_tokens(
 ) -> list[Tensor]:
     """For each request of ``shapes`` (L, K) words of the vocabulary by chance, ``[L, K]`` int64; no special tokens."""
     special = [*tokenizer.all_special_ids, model.qstar.start_token_id, model.qstar.end_token_id]
-    words = np.setdiff1d(np.arange(min(len(tokenizer), len(embedding_rows(model)))), special)
+    words = np.setdiff1d(np.arange(min(len(tokenizer), vocabulary_size(model))), special)
     drawn = (np.random.default_rng([seed, number]).choice(words, shape) for number, shape in enumerate(shapes))
     return [torch.from_numpy(each) for each in drawn]
 

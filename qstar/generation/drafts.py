@@ -21,7 +21,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 
 from qstar.generation.text import TextSoFar
 from qstar.generation.thoughts import Reader
-from qstar.model import embedding_rows
+from qstar.model import vocabulary_size
 
 # Of transformers' own: a call changes what the next one gives, or runs a function of the user's.
 STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "PrefixConstrainedLogitsProcessor")
@@ -169,7 +169,7 @@ class FromAssistant:
     def draft(self, reader: Reader, text: TextSoFar, count: int, choice: Choice) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Drafter.draft`."""
         length, vocabulary = text.length, len(reader.head.weight)
-        words = len(embedding_rows(self.assistant))
+        words = vocabulary_size(self.assistant)
         positions = getattr(self.assistant.config.get_text_config(decoder=True), "max_position_embeddings", None)
         for _ in range(count):
             unknown = bool((text.tokens >= words).any())

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from qstar.adapters import has_adapters
 from qstar.cpu import keep_freed_memory
 from qstar.data import AnyDataset
-from qstar.model import QuietStarModel, embedding_rows
+from qstar.model import QuietStarModel, vocabulary_size
 from qstar.training.card import Sources
 from qstar.training.curves import CURVES_FILE, can_draw, draw, read_metrics
 from qstar.training.savable import check_savable
@@ -82,7 +82,7 @@ def fit(
         raise SystemExit(128 + stop.received)
     trainer.save_model(_internal_call=True)  # which pushes nothing to the hub, before all is there
     if not has_adapters(model):  # what the folder holds from now on could be the base of some
-        model.name_or_path, model.qstar_base_vocabulary = str(args.folder), len(embedding_rows(model))
+        model.name_or_path, model.qstar_base_vocabulary = str(args.folder), vocabulary_size(model)
     trainer.save_state()
     if held_out is not None and args.eval_strategy == "no":
         trainer.evaluate()

@@ -15,6 +15,7 @@ from sharded_runs import ROWS, a_trainer
 from tiny_runs import records, unequal_rows
 
 from qstar import load
+from qstar.inspection.data import Inspection
 
 UNTIED_AND_TIED = ["llama", "gpt2"]
 FAMILIES = [["llama", "gpt2", "mistral"], ["gemma2", "gemma3", "gpt_neox"], ["deepseek_v3", "gpt_oss", "opt"]]
@@ -27,7 +28,7 @@ IN_PARTS = dict(activation_checkpointing=True, per_device_train_batch_size=1, gr
 
 def trained(folder: Path, family: str, kind: str, settings: dict) -> list[torch.Tensor]:
     """The thoughts of all batches of a run, which evaluates at its end."""
-    trainer = a_trainer(folder, family, kind, **settings)
+    trainer = a_trainer(folder, family, kind, inspect_steps=3, inspect_tokens=24, **settings)
     trainer.train()
     # An odd number of rows, one of them short: each must count once.
     trainer.evaluate([*unequal_rows()[:2], {name: values[:5] for name, values in unequal_rows()[3].items()}])
@@ -62,9 +63,29 @@ def check_like_one_process(folder: Path, families: list[str], kind: str, setting
         shares = [torch.load(folder / f"{family}-{rank}.pt") for rank in range(RANKS)]
         drawn = [batch for batches in zip(*shares, strict=True) for batch in batches]
         assert torch.equal(torch.cat(drawn), torch.cat(alone))
+        shown = [inspected(each / family) for each in (folder, folder / "alone")]
+        assert len(shown[0]) == 2, "before the first step and after the last"
+        for two, one in zip(*shown, strict=True):
+            check_same_inspection(two, one)
         model, whole = load(folder / family)[0], load(folder / "alone" / family)[0]
         for name, weight in whole.state_dict().items():
             torch.testing.assert_close(model.state_dict()[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def inspected(run: Path) -> list[Inspection]:
+    return [Inspection.from_json(path.read_text()) for path in sorted((run / "inspections").glob("*.json"))]
+
+
+def check_same_inspection(two: Inspection, one: Inspection) -> None:
+    for ours, theirs in zip(two.documents, one.documents, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        for mine, its in zip(ours.positions, theirs.positions, strict=True):
+            assert [each.token_ids for each in mine.rationales] == [each.token_ids for each in its.rationales]
+            assert mine.gain_ahead == pytest.approx(its.gain_ahead, abs=1e-5)
+            assert mine.weight == pytest.approx(its.weight, abs=1e-5)
+    found, expected = (each.summary.controls for each in (two, one))
+    gains = {name: control.gain.mean for name, control in expected.items()}
+    assert {name: control.gain.mean for name, control in found.items()} == pytest.approx(gains, abs=1e-5)
 
 
 @pytest.mark.distributed

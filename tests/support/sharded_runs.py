@@ -126,4 +126,4 @@ def a_trainer(folder: Path, family: str, kind: str = "alone", *, streamed: bool 
     args = QuietStarArguments(str(folder), **options | batch | settings)
     rows = unequal_rows()
     dataset = IterableDataset.from_generator(lambda: iter(rows)) if streamed else rows
-    return KINDS[kind](model, args, train_dataset=dataset, processing_class=tokenizer)
+    return KINDS[kind](model, args, train_dataset=dataset, eval_dataset=rows, processing_class=tokenizer)
