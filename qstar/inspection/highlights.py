@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from qstar.inspection.data import Document, Inspection, Position
 
@@ -14,6 +14,8 @@ LEVELS = range(-len(SCALE), len(SCALE) + 1)
 WEIGHT_SCALE = (0.05, 0.2, 0.5)
 SURPRISE_SCALE = (1.0, 2.0, 4.0)  # nats
 WEIGHTS = tuple(tenth / 10 for tenth in range(11))
+
+Item = TypeVar("Item")
 
 
 class Place(NamedTuple):
@@ -62,9 +64,13 @@ def places(inspection: Inspection) -> list[Place]:
 
 def extremes(inspection: Inspection, count: int) -> tuple[list[Place], list[Place]]:
     """The ``count`` largest gains for a next token, and losses, the largest first; equal ones as in the text."""
-    known = [(each.position.gain or 0.0, each) for each in places(inspection)]
-    best = sorted((pair for pair in known if pair[0] > 0), key=lambda pair: -pair[0])
-    worst = sorted((pair for pair in known if pair[0] < 0), key=lambda pair: pair[0])
+    return outermost([(each.position.gain or 0.0, each) for each in places(inspection)], count)
+
+
+def outermost(valued: Sequence[tuple[float, Item]], count: int) -> tuple[list[Item], list[Item]]:
+    """The ``count`` items of the largest values above 0, and of the lowest below, the outermost first."""
+    best = sorted((pair for pair in valued if pair[0] > 0), key=lambda pair: -pair[0])
+    worst = sorted((pair for pair in valued if pair[0] < 0), key=lambda pair: pair[0])
     return [each for _, each in best[:count]], [each for _, each in worst[:count]]
 
 

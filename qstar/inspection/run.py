@@ -56,7 +56,7 @@ def inspect(
     """
     check_names("inspect()", settings, setting_names(InspectionSettings))
     chosen = _resolved(InspectionSettings(**settings), model)
-    documents, cut = _tokens(tokenizer, [texts] if isinstance(texts, str) else texts, chosen.max_tokens)
+    documents, cut = tokens_of(tokenizer, [texts] if isinstance(texts, str) else texts, chosen.max_tokens)
     parts = list(_parts(documents, chosen))
     if not parts:
         raise ValueError(NOTHING)
@@ -83,13 +83,9 @@ def inspect(
     )
 
 
-def _resolved(settings: InspectionSettings, model: QuietStarModel) -> InspectionSettings:
-    if settings.rationales is not None:
-        return settings
-    return replace(settings, rationales=model.qstar.rationales if settings.temperature else 1)
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], most: int | None) -> tuple[list[list[int]], bool]:
+def tokens_of(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], most: int | None
+) -> tuple[list[list[int]], bool]:
     """Tokens of texts, as many as ``most``, and whether there were more."""
     read = text_reader(tokenizer, "text", None, "texts")
     documents: list[list[int]] = []
@@ -101,6 +97,12 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], most: int 
             documents.append(tokens)
             left = None if left is None else left - len(tokens)
     return documents, False
+
+
+def _resolved(settings: InspectionSettings, model: QuietStarModel) -> InspectionSettings:
+    if settings.rationales is not None:
+        return settings
+    return replace(settings, rationales=model.qstar.rationales if settings.temperature else 1)
 
 
 def _parts(documents: Sequence[Sequence[int]], settings: InspectionSettings) -> Iterator[Part]:

@@ -1,10 +1,11 @@
-"""What the tests of both views share."""
+"""What the tests of the views share."""
 
 from __future__ import annotations
 
 import inspected
 import pytest
 
+from qstar.inspection.comparison import Comparison
 from qstar.inspection.data import Inspection
 
 
@@ -16,3 +17,13 @@ def found() -> Inspection:
 @pytest.fixture(scope="module")
 def hostile() -> Inspection:
     return inspected.hostile()
+
+
+@pytest.fixture(scope="module")
+def compared() -> Comparison:
+    return inspected.compared()
+
+
+@pytest.fixture(scope="module")
+def hostile_compared() -> Comparison:
+    return inspected.hostile_compared()
