@@ -12,8 +12,8 @@ from itertools import chain, zip_longest
 from statistics import fmean
 from typing import NamedTuple, cast
 
-from qstar.inspection.data import Document, Estimate, Inspection, Position, Saved
-from qstar.inspection.highlights import outermost
+from qstar.inspection.data import DifficultyGain, Document, Estimate, Inspection, Position, Saved, Summary
+from qstar.inspection.highlights import ahead_name, difficulty_name, outermost
 from qstar.inspection.summary import NOTHING, estimate, is_right
 
 
@@ -157,6 +157,25 @@ def largest_differences(comparison: Comparison, count: int) -> tuple[list[Pair],
     """
     pairs = [pair for some in paired(comparison.first, comparison.second) for pair in some]
     return outermost([(pair.talk_log_prob, pair) for pair in pairs], count)
+
+
+def gains_beside(first: Summary, second: Summary) -> list[tuple[str, Estimate | None, Estimate | None]]:
+    """What two models gained over no thought, by name; None where one of them was not asked."""
+    ahead = enumerate(zip_longest(first.gain_ahead, second.gain_ahead), 1)
+    rows = [(f"its thoughts, {ahead_name(number)}", *both) for number, both in ahead if any(both)]
+    for name in dict.fromkeys([*first.controls, *second.controls]):
+        one, other = (each.controls.get(name) for each in (first, second))
+        rows.append((name, one and one.gain, other and other.gain))
+    return rows
+
+
+def difficulties_beside(
+    first: Summary, second: Summary
+) -> list[tuple[str, DifficultyGain | None, DifficultyGain | None]]:
+    """The gains of two models by how hard a next token is for each of them itself, by name."""
+    one, other = ({each.least: each for each in summary.difficulties} for summary in (first, second))
+    names = {least: difficulty_name(each) for least, each in (one | other).items()}
+    return [(names[least], one.get(least), other.get(least)) for least in sorted(names)]
 
 
 def _read(document: Document) -> list[tuple[int, str]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
-from qstar.inspection.data import Document, Inspection, Position
+from qstar.inspection.data import DifficultyGain, Document, Inspection, Position
 
 SCALE = (0.05, 0.3, 1.0)  # nats: fixed, so that a colour means the same everywhere
 LEVELS = range(-len(SCALE), len(SCALE) + 1)
@@ -45,6 +45,16 @@ def level_name(step: int, scale: Sequence[float] = SCALE) -> str:
     sign, size = ("+", step) if step > 0 else ("-", -step)
     low = f"{sign}{scale[size - 1]:g}"
     return f"{low} to {sign}{scale[size]:g}" if size < len(scale) else f"{low} and {'more' if step > 0 else 'less'}"
+
+
+def difficulty_name(each: DifficultyGain) -> str:
+    """Which next tokens are in a bin, by nats without thoughts."""
+    return f"{each.least:g} and more" if each.below is None else f"{each.least:g} to {each.below:g}"
+
+
+def ahead_name(ahead: int) -> str:
+    """Which token lies so many ahead of a thought."""
+    return "next token" if ahead == 1 else f"{ahead} tokens ahead"
 
 
 def counted(number: int, what: str) -> str:
