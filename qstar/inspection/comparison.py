@@ -16,6 +16,8 @@ from qstar.inspection.data import DifficultyGain, Document, Estimate, Inspection
 from qstar.inspection.highlights import ahead_name, difficulty_name, outermost
 from qstar.inspection.summary import NOTHING, estimate, is_right
 
+SIDES = ("first", "second")  # what the models are called where both are shown
+
 
 @dataclass(kw_only=True)
 class Difference:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qstar.inspection import terminal_parts as parts
 from qstar.inspection.comparison import (
+    SIDES,
     Comparison,
     Pair,
     difficulties_beside,
@@ -21,8 +22,6 @@ from qstar.inspection.data import Position
 from qstar.inspection.highlights import counted, level
 from qstar.inspection.terminal_parts import DOWN, INDENT, SIGNS, STYLES, UP
 from qstar.inspection.visible import visible
-
-SIDES = ("first", "second")
 
 
 def render_comparison(comparison: Comparison, *, width: int = 80, colour: bool = False, thoughts: int = 10) -> str:
