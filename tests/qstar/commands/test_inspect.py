@@ -165,7 +165,9 @@ def test_one_kind_of_text_must_be_given(command, capsys):
 
 @pytest.mark.parametrize(("package", "module"), [("rich", "terminal"), ("jinja2", "page")])
 def test_a_missing_package_is_named(command, monkeypatch, package, module):
-    monkeypatch.delitem(sys.modules, f"qstar.inspection.{module}")
+    for name in [name for name in sys.modules if name.startswith("qstar.inspection.") and module in name]:
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(name)
     for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     code, _, err = command("--text", "a b")

@@ -118,7 +118,7 @@ def test_what_cannot_be_compared_is_said_before_a_model_is_loaded(command, folde
     ):
         code, out, err = command(folders[0], other, *given())
         assert (code, out) == (1, "")
-        assert err.splitlines()[-1].startswith("qstar inspect: ") and message in err.splitlines()[-1]
+        assert [line for line in err.splitlines() if line.startswith("qstar inspect: ") and message in line]
     code, _, err = command(tmp_path / "nowhere", folders[1], *given())
     assert code == 1 and "nowhere holds no qstar_config.json" in err
 

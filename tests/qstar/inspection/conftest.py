@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspected
 import pytest
+from browser import Browser
 
 from qstar.inspection.comparison import Comparison
 from qstar.inspection.data import Inspection
@@ -27,3 +28,10 @@ def compared() -> Comparison:
 @pytest.fixture(scope="module")
 def hostile_compared() -> Comparison:
     return inspected.hostile_compared()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()

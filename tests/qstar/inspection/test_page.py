@@ -2,59 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections import Counter
-from html.parser import HTMLParser
 
 import inspected
 import pytest
 import tiny
+from parsed import Parsed, close
 
 import qstar
 from qstar.inspection.highlights import SURPRISE_SCALE, WEIGHT_SCALE, extremes, level, places
 from qstar.inspection.page import page, page_data
 from qstar.inspection.visible import visible_token
-
-EMPTY = ("meta", "input", "br")
-
-
-class Parsed(HTMLParser):
-    """Elements in their order, each with its attributes and the text in it."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self._open: list[list[str]] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes), []))
-        if tag not in EMPTY:
-            self._open.append(self.elements[-1][2])
-
-    def handle_endtag(self, tag):
-        self._open.pop()
-
-    def handle_data(self, data):
-        for each in self._open:
-            each.append(data)
-
-    def of(self, tag: str, **attributes: str) -> list[tuple[dict[str, str | None], str]]:
-        """Attributes and text of the elements of a name that have these attributes."""
-        found = [(mine, "".join(text)) for name, mine, text in self.elements if name == tag]
-        return [each for each in found if attributes.items() <= each[0].items()]
-
-    def data(self):
-        [(_, text)] = self.of("script", type="application/json")
-        return json.loads(text)
-
-
-def close(value):
-    """The same number to five digits; NaN's place is None."""
-    return None if value is None else pytest.approx(value, rel=1e-4, abs=1e-12)
 
 
 @pytest.mark.parametrize("which", ["found", "hostile"])
@@ -76,6 +36,7 @@ def test_the_data_in_the_page_is_that_of_the_inspection(which, request):
                 assert [[strings[text], p] for text, p in mine[name]] == [
                     [visible_token(each.text), close(each.probability)] for each in getattr(position, name)
                 ]
+            assert [each["gain"] for each in mine["rationales"]] == [close(value) for value in position.own_gains]
             for shown, rationale in zip(mine["rationales"], position.rationales, strict=True):
                 assert [strings[each] for each in shown["tokens"]] == [visible_token(each) for each in rationale.tokens]
                 assert shown["log_probs"] == [close(value) for value in rationale.log_probs]
@@ -117,6 +78,9 @@ def test_the_ranked_lists_lead_to_the_places_of_the_extremes(found):
     assert len(thoughts) == 2 * len(links)
     first = best[0].position.rationales[0] if best else worst[0].position.rationales[0]
     assert thoughts[0].startswith(f"⟨{''.join(first.tokens)}⟩ weight {first.weight:.3f}")
+    gains = [gain for each in (*best, *worst) for gain in each.position.own_gains]
+    assert [text.rpartition(", ")[2] for text in thoughts] == [f"gain {gain:+.3f}" for gain in gains]
+    assert len({f"{gain:+.3f}" for gain in gains}) > len(links), "the thoughts of one place differ"
 
 
 def test_the_tables_show_the_summary(found):
