@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_a_token_of_either_column_shows_the_thoughts_of_both(browser, files, com
     browser.open(files["compared"])
     browser.point(f"#{letter}1-3")
     assert browser.run(CHOSEN) == ["t1-3", "u1-3"]
-    shown = browser.run(PANEL).replace("\t", " ")
+    shown = re.sub("[ \t]+", " ", browser.run(PANEL))
     pair = paired(compared.first, compared.second)[1][2]
     assert shown.startswith(f"⟦{pair.document.tokens[3]}⟧") and "text 2, token 4" in shown
     both = pair.first, pair.second
@@ -134,12 +135,12 @@ def test_a_token_of_either_column_shows_the_thoughts_of_both(browser, files, com
             name = pair.document.tokens[3 + ahead].strip()
             rest = rest[rest.index(" ".join([name, *map(plain, values), signed(position.gain_ahead[ahead])])) :]
         for each, gain in zip(position.rationales, position.own_gains, strict=True):
-            pieces = [f"{token}{rounded(value):.2f}" for token, value in zip(each.tokens, each.log_probs, strict=True)]
-            rest = rest[rest.index("".join(pieces).replace("-", "−")) :]
+            values = (f"{rounded(value):.2f}".replace("-", "−") for value in each.log_probs)
+            rest = rest[rest.index("".join(map("".join, zip(each.tokens, values, strict=True)))) :]
             facts = f"weight {plain(each.weight)}, entropy {plain(each.entropy)} nats"
             rest = rest[rest.index(f"{facts}, advantage {signed(each.advantage)}, gain {signed(gain)}") :]
         for name, likely in (("without", position.before), ("with", position.after)):
-            line = " ".join(f"{each.text} {100 * rounded(each.probability):.1f}%" for each in likely)
+            line = " ".join(f"{each.text.strip()} {100 * rounded(each.probability):.1f}%" for each in likely)
             rest = rest[rest.index(f"{name} {line}") :]
 
 
