@@ -303,9 +303,14 @@ def existing(folder: str | Path, name: str, what: str) -> Path:
     return path
 
 
+def known_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model knows; None where it has no limit."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def check_positions(model: PreTrainedModel, positions: int, further: int) -> None:
     """As :meth:`QuietStarModel.check_length`, for any model."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = known_positions(model)
     if limit is not None and positions + further > limit:
         raise ValueError(
             f"{positions} text tokens and {further} tokens of a thought make more than the model's "

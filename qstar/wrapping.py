@@ -132,10 +132,7 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[ThinkingModel, PreTrainedTo
             peft, which reads them, is not installed.
     """
     config = QuietStarConfig.load(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no tokenizer that can be read, but a model needs its own: {error}") from error
+    tokenizer = load_tokenizer(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
     for name in ("start_token", "end_token"):  # by their ids: a folder of an earlier version does not name them
         setattr(config, name, tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")))
     kwargs = {"trust_remote_code": False} | kwargs
@@ -150,6 +147,18 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[ThinkingModel, PreTrainedTo
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{folder} holds a model whose {name} is not finite: its training went wrong")
     return model, tokenizer
+
+
+def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in ``folder``, as :func:`load` finds it.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that can be read, but a model needs its own: {error}") from error
 
 
 def load_untrained(folder: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> ThinkingModel:

@@ -11,12 +11,40 @@ import json
 import types
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from statistics import fmean
-from typing import Any, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, Self, Union, cast, get_args, get_origin, get_type_hints
 
 from qstar.inspection.settings import InspectionSettings
 
 SCHEMA = 1
 _hints: Any = functools.cache(get_type_hints)
+
+
+class Saved:
+    """A dataclass that a file can hold."""
+
+    _called: ClassVar[str]  # what errors call it
+
+    def to_json(self) -> str:
+        """All of it, with the number of the schema, as one line of ASCII."""
+        return json.dumps({"schema": SCHEMA, **asdict(cast(Any, self))}, allow_nan=False, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What :meth:`to_json` wrote, number for number.
+
+        Raises:
+            ValueError: it is none, or of another schema.
+        """
+        article, name = cls._called.split()
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"this is not the JSON of {article} {name}: {error}") from None
+        if not isinstance(values, dict) or "schema" not in values:
+            raise ValueError(f"this is not the JSON of {article} {name}: it has no schema")
+        if values.pop("schema") != SCHEMA:
+            raise ValueError(f"the {name} is of another schema, but it must be {SCHEMA}: inspect again")
+        return cast(Self, _read(cls, values, name))
 
 
 class Likely(NamedTuple):
@@ -84,6 +112,13 @@ class Position:
         """For the m tokens ahead: ``talk_log_prob - base_log_prob``."""
         pairs = zip(self.talk_log_prob, self.base_log_prob, strict=True)
         return [None if talk is None or base is None else talk - base for talk, base in pairs]
+
+    @property
+    def own_gains(self) -> list[float | None]:
+        """What each of the rationales gained for the next token."""
+        base = self.base_log_prob[0]
+        talks = [each.talk_log_prob[0] for each in self.rationales]
+        return [None if talk is None or base is None else talk - base for talk in talks]
 
     @property
     def surprise(self) -> float | None:
@@ -198,7 +233,7 @@ class Summary:
 
 
 @dataclass(kw_only=True)
-class Inspection:
+class Inspection(Saved):
     """What a model thought about texts, and what it gained.
 
     Attributes:
@@ -212,6 +247,8 @@ class Inspection:
         summary: of all of them.
     """
 
+    _called = "an inspection"
+
     model: str
     thought_tokens: int
     ahead_tokens: int
@@ -220,27 +257,6 @@ class Inspection:
     cut: bool
     documents: list[Document]
     summary: Summary
-
-    def to_json(self) -> str:
-        """All of it, with the number of the schema, as one line of ASCII."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, allow_nan=False, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> Inspection:
-        """What :meth:`to_json` wrote, number for number.
-
-        Raises:
-            ValueError: it is none, or of another schema.
-        """
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"this is not the JSON of an inspection: {error}") from None
-        if not isinstance(values, dict) or "schema" not in values:
-            raise ValueError("this is not the JSON of an inspection: it has no schema")
-        if values.pop("schema") != SCHEMA:
-            raise ValueError(f"the inspection is of another schema, but it must be {SCHEMA}: inspect again")
-        return _read(cls, values, "inspection")
 
 
 def _mean_or_none(values: tuple[float | None, ...]) -> float | None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from qstar.inspection.data import Document, Inspection, Position
+from qstar.inspection.data import DifficultyGain, Document, Inspection, Position
 
 SCALE = (0.05, 0.3, 1.0)  # nats: fixed, so that a colour means the same everywhere
 LEVELS = range(-len(SCALE), len(SCALE) + 1)
 WEIGHT_SCALE = (0.05, 0.2, 0.5)
 SURPRISE_SCALE = (1.0, 2.0, 4.0)  # nats
 WEIGHTS = tuple(tenth / 10 for tenth in range(11))
+
+Item = TypeVar("Item")
 
 
 class Place(NamedTuple):
@@ -45,6 +47,16 @@ def level_name(step: int, scale: Sequence[float] = SCALE) -> str:
     return f"{low} to {sign}{scale[size]:g}" if size < len(scale) else f"{low} and {'more' if step > 0 else 'less'}"
 
 
+def difficulty_name(each: DifficultyGain) -> str:
+    """Which next tokens are in a bin, by nats without thoughts."""
+    return f"{each.least:g} and more" if each.below is None else f"{each.least:g} to {each.below:g}"
+
+
+def ahead_name(ahead: int) -> str:
+    """Which token lies so many ahead of a thought."""
+    return "next token" if ahead == 1 else f"{ahead} tokens ahead"
+
+
 def counted(number: int, what: str) -> str:
     """So many of something, in words."""
     return f"{number} {what}{'' if number == 1 else 's'}"
@@ -62,9 +74,13 @@ def places(inspection: Inspection) -> list[Place]:
 
 def extremes(inspection: Inspection, count: int) -> tuple[list[Place], list[Place]]:
     """The ``count`` largest gains for a next token, and losses, the largest first; equal ones as in the text."""
-    known = [(each.position.gain or 0.0, each) for each in places(inspection)]
-    best = sorted((pair for pair in known if pair[0] > 0), key=lambda pair: -pair[0])
-    worst = sorted((pair for pair in known if pair[0] < 0), key=lambda pair: pair[0])
+    return outermost([(each.position.gain or 0.0, each) for each in places(inspection)], count)
+
+
+def outermost(valued: Sequence[tuple[float, Item]], count: int) -> tuple[list[Item], list[Item]]:
+    """The ``count`` items of the largest values above 0, and of the lowest below, the outermost first."""
+    best = sorted((pair for pair in valued if pair[0] > 0), key=lambda pair: -pair[0])
+    worst = sorted((pair for pair in valued if pair[0] < 0), key=lambda pair: pair[0])
     return [each for _, each in best[:count]], [each for _, each in worst[:count]]
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from qstar.inspection import page_parts as parts
 from qstar.inspection.data import Document, Inspection, Likely, Summary
 from qstar.inspection.line_charts import Line, line_chart
-from qstar.inspection.rendering import Strings, chunks, environment, legends, levels, read_template, rounded
 
 OWN = "its thoughts"
 
@@ -22,18 +22,18 @@ class Glance:
 
     Attributes:
         index: of the last token before the thoughts, in its document.
+        levels: of the next token by first letters, see :func:`qstar.inspection.page_parts.levels`.
         gain: for the next token; None where it is not predicted.
         weight: of the thoughts.
-        surprise: of the next token without them; None where it is not predicted.
         thought: the tokens of the first rationale.
         before: the likeliest next token without a thought.
         after: the same after the first rationale.
     """
 
     index: int
+    levels: dict[str, int]
     gain: float | None
     weight: float
-    surprise: float | None
     thought: str
     before: Likely
     after: Likely
@@ -73,9 +73,9 @@ def _glances(document: Document) -> list[Glance]:
     return [
         Glance(
             index=each.index,
+            levels=parts.levels(each),
             gain=each.gain,
             weight=each.weight,
-            surprise=each.surprise,
             thought="".join(each.rationales[0].tokens),
             before=each.before[0],
             after=each.after[0],
@@ -92,19 +92,17 @@ def history_page(name: str, last: Inspection, snapshots: Sequence[Snapshot]) -> 
         last: the last inspection, which the page shows at first.
         snapshots: of all, by their steps, which the last one ends; all are of the same texts.
     """
-    style, script = read_template("page.css", "history.css"), read_template("tokens.js", "history.js")
-    return (
-        environment(style, script)
-        .get_template("history.html")
-        .render(
-            name=name,
-            found=last,
-            snapshots=snapshots,
-            documents=[chunks(document, number) for number, document in enumerate(last.documents)],
-            legends=legends(),
-            charts_of_steps=_charts(snapshots),
-            data=history_data(snapshots),
-        )
+    return parts.written(
+        "history.html",
+        "history.css",
+        "history.js",
+        name=name,
+        found=last,
+        snapshots=snapshots,
+        documents=parts.texts(last),
+        legends=parts.OF_MODEL,
+        charts_of_steps=_charts(snapshots),
+        data=history_data(snapshots),
     )
 
 
@@ -114,12 +112,12 @@ def history_data(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
     A position is a list: levels of gain, weight and surprise, then gain, weight, the first thought, and the likeliest
     next token without and with it, each with its probability.
     """
-    number_of = Strings()
+    number_of = parts.Strings()
     steps = [
         {
             "step": each.step,
             "page": each.page,
-            "gain": [rounded(value) for value in astuple(each.summary.gain)],
+            "gain": [parts.rounded(value) for value in astuple(each.summary.gain)],
             "texts": [{glance.index: _shown(glance, number_of) for glance in some} for some in each.positions],
         }
         for each in snapshots
@@ -127,12 +125,12 @@ def history_data(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
     return {"steps": steps, "strings": list(number_of.numbers)}
 
 
-def _shown(glance: Glance, number_of: Strings) -> list[Any]:
-    likely = [(number_of(each.text), rounded(each.probability)) for each in (glance.before, glance.after)]
+def _shown(glance: Glance, number_of: parts.Strings) -> list[Any]:
+    likely = [(number_of(each.text), parts.rounded(each.probability)) for each in (glance.before, glance.after)]
     return [
-        levels(glance.gain, glance.weight, glance.surprise),
-        rounded(glance.gain),
-        rounded(glance.weight),
+        list(glance.levels.values()),
+        parts.rounded(glance.gain),
+        parts.rounded(glance.weight),
         number_of(glance.thought),
         *likely,
     ]

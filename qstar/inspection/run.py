@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from qstar.inspection.measure import Found, Part, gains_of, measure
 from qstar.inspection.pieces import Pieces
 from qstar.inspection.settings import InspectionSettings
 from qstar.inspection.summary import NOTHING, summarize
-from qstar.model import QuietStarModel
+from qstar.model import QuietStarModel, known_positions
 from qstar.thinking import evaluating
 
 VERSIONS = ("quiet-star", "torch", "transformers")
@@ -69,7 +70,7 @@ def inspect(
     """
     check_names("inspect()", settings, setting_names(InspectionSettings))
     chosen = InspectionSettings(**settings)
-    documents, cut = _tokens(tokenizer, [texts] if isinstance(texts, str) else texts, chosen.max_tokens)
+    documents, cut = tokens_of(tokenizer, [texts] if isinstance(texts, str) else texts, chosen.max_tokens)
     return inspect_tokens(model, tokenizer, documents, chosen, cut=cut, name=name)
 
 
@@ -88,7 +89,7 @@ def inspect_tokens(
         ValueError, FloatingPointError: as :func:`inspect`.
     """
     chosen = _resolved(settings, model)
-    rows = list(_rows(_parts(documents, chosen), chosen.seq_length))
+    rows = list(_rows(_parts(documents, chosen), min(chosen.seq_length, _room(model))))
     if not rows:
         raise ValueError(NOTHING)
     pieces = Pieces(tokenizer)
@@ -114,13 +115,7 @@ def inspect_tokens(
     )
 
 
-def _resolved(settings: InspectionSettings, model: QuietStarModel) -> InspectionSettings:
-    if settings.rationales is not None:
-        return settings
-    return replace(settings, rationales=model.qstar.rationales if settings.temperature else 1)
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], most: int | None) -> tuple[list[Tokens], bool]:
+def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], most: int | None) -> tuple[list[Tokens], bool]:
     """Texts as tokens, as many as ``most``, and whether there were more."""
     read = text_reader(tokenizer, "text", None, "texts")
     documents: list[Tokens] = []
@@ -132,6 +127,12 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], most: int 
             documents.append(Tokens(ids, labels))
             left = None if left is None else left - len(ids)
     return documents, False
+
+
+def _resolved(settings: InspectionSettings, model: QuietStarModel) -> InspectionSettings:
+    if settings.rationales is not None:
+        return settings
+    return replace(settings, rationales=model.qstar.rationales if settings.temperature else 1)
 
 
 def _parts(documents: Sequence[Tokens], settings: InspectionSettings) -> Iterator[Part]:
@@ -146,11 +147,17 @@ def _parts(documents: Sequence[Tokens], settings: InspectionSettings) -> Iterato
                 row_offset += len(part.tokens) * (settings.rationales or 1)
 
 
-def _rows(parts: Iterable[Part], seq_length: int) -> Iterator[list[Part]]:
-    """As many parts as have ``seq_length`` tokens, in their order: those of short texts are read together."""
+def _room(model: QuietStarModel) -> float:
+    """Tokens of text that a model knows positions of beside those of a thought."""
+    known = known_positions(model)
+    return inf if known is None else known - model.grid(1).rationale_length
+
+
+def _rows(parts: Iterable[Part], most: float) -> Iterator[list[Part]]:
+    """Parts in their order, as many to a row as have ``most`` tokens: those of short texts are read together."""
     row: list[Part] = []
     for part in parts:
-        if row and sum(len(each.tokens) for each in (*row, part)) > seq_length:
+        if row and sum(len(each.tokens) for each in (*row, part)) > most:
             yield row
             row = []
         row.append(part)

@@ -39,7 +39,7 @@ def summarize(documents: Sequence[Document], controls: Mapping[str, Sequence[Seq
     counts = Counter(tuple(each.token_ids) for each in rationales)
     texts = {tuple(each.token_ids): each.tokens for each in rationales}
     changes = Counter(
-        _right(each, document) for document, some in zip(documents, predicted, strict=True) for each in some
+        is_right(each, document) for document, some in zip(documents, predicted, strict=True) for each in some
     )
     return Summary(
         documents=len(documents),
@@ -66,14 +66,14 @@ def estimate(values: Sequence[Sequence[float]]) -> Estimate:
     return Estimate(mean=sum(sums) / sum(counts), low=low, high=high)
 
 
-def _known(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def _right(position: Position, document: Document) -> tuple[bool, bool]:
+def is_right(position: Position, document: Document) -> tuple[bool, bool]:
     """Whether the next token is the likeliest one without a thought, and after the first rationale."""
     token = document.token_ids[position.index + 1]
     return position.before[0].token_id == token, position.after[0].token_id == token
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _difficulties(predicted: Sequence[Sequence[Position]]) -> list[DifficultyGain]:

@@ -15,6 +15,9 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 TIMEOUT = 60.0  # seconds for any answer
+AXE = Path(__file__).resolve().parents[2] / "node_modules" / "axe-core" / "axe.min.js"
+FOCUSED, STATUS = "document.activeElement.id", "document.getElementById('status').textContent"
+PANEL = "document.getElementById('token').innerText"
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
 
 
@@ -144,3 +147,22 @@ class Browser:
             self.complaints.append(values["entry"]["text"])
         elif event.get("method") == "Runtime.consoleAPICalled":
             self.complaints.append(json.dumps(values["args"])[:2000])
+
+
+def focus_text(browser: Browser) -> None:
+    """Go to the first token of an inspection's page by Tab alone."""
+    for _ in range(10):
+        browser.press("Tab")
+        if browser.run(FOCUSED) == "t0-0":
+            return
+    raise AssertionError("Tab does not reach the text")
+
+
+def serious_violations(browser: Browser, scheme: str) -> list[tuple[str, str]]:
+    """What axe-core finds wrong in the page as it is, in a light or dark scheme, and in which element."""
+    browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    browser.run(AXE.read_text() + "; true")
+    found = browser.run("axe.run().then(found => JSON.stringify(found.violations))")
+    browser.send("Emulation.setEmulatedMedia", features=[])
+    serious = [each for each in json.loads(found) if each["impact"] in ("serious", "critical")]
+    return [(each["id"], each["nodes"][0]["html"]) for each in serious]

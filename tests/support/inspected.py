@@ -1,4 +1,4 @@
-"""Inspections that views are shown: an ordinary one, one of hostile texts, and long ones."""
+"""Inspections that views are shown: ordinary ones, of hostile texts, and long ones; alone and two beside each other."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import tiny
 import tokenizers_of_kinds as kinds
 
 import qstar
+from qstar.inspection.comparison import Comparison, compare
 from qstar.inspection.data import Document, Inspection
 from qstar.wrapping import wrap
 
+TEXTS = ["a b c d e f", "g h i j k l m", "n o p q"]
 HOSTILE = [
     "\x1b[31m\x1b]0;title\x07 \x1b[2J\x9b1A",
     "\u202eright to left\u2066 \u200f",
@@ -25,7 +27,7 @@ HOSTILE = [
 def ordinary() -> Inspection:
     """Three texts of letters."""
     model = tiny.thinking_model("llama", thought_tokens=3, ahead_tokens=2)
-    return qstar.inspect(model, tiny.tokenizer(), ["a b c d e f", "g h i j k l m", "n o p q"], name="some/model")
+    return qstar.inspect(model, tiny.tokenizer(), TEXTS, name="some/model")
 
 
 def learned() -> list[Inspection]:
@@ -35,20 +37,31 @@ def learned() -> list[Inspection]:
         model = tiny.thinking_model("llama", thought_tokens=3, ahead_tokens=2)
         model.qstar_mixing_head.output.weight.data *= scale
         model.qstar_start.data *= 1 + scale
-        found.append(qstar.inspect(model, tiny.tokenizer(), ["a b c d e f", "g h i j k l m", "n o p q"], name="some"))
+        found.append(qstar.inspect(model, tiny.tokenizer(), TEXTS, name="some"))
     return found
 
 
-def hostile() -> Inspection:
+def compared(**settings) -> Comparison:
+    """:func:`ordinary` beside another model, which thinks in two tokens and is scored on three."""
+    model = tiny.thinking_model("llama", seed=5, thought_tokens=2, ahead_tokens=3)
+    return compare(ordinary(), qstar.inspect(model, tiny.tokenizer(), TEXTS, name="another/model", **settings))
+
+
+def hostile(seed: int = 0) -> Inspection:
     """``HOSTILE``, read by a model whose tokenizer knows every byte, with a hostile name."""
     tokenizer = kinds.byte_level()
-    model = tiny.plain_model("llama", vocab_size=len(tokenizer), max_position_embeddings=4096)
+    model = tiny.plain_model("llama", seed, vocab_size=len(tokenizer), max_position_embeddings=4096)
     model = wrap(model, tokenizer, thought_tokens=3, ahead_tokens=2, start_init=None, end_init=None)
     model.qstar_mixing_head.output.weight.data.normal_(0, 0.5)
     options = dict(max_tokens=None, temperature=0.0, name="\x1b[31mmodel\u202e</title><script>", controls=False)
     found = qstar.inspect(model, tokenizer, HOSTILE, **options)
     found.documents.append(_with_whole_texts(found.documents[0]))
     return found
+
+
+def hostile_compared() -> Comparison:
+    """:func:`hostile` beside another such model."""
+    return compare(hostile(), hostile(seed=1))
 
 
 def _with_whole_texts(document: Document) -> Document:

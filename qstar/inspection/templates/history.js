@@ -50,7 +50,7 @@
     for (const token of chooser.tokens) {
       const [text, number] = place(token);
       const levels = texts[text][number - 1]?.[0];
-      if (levels) ["g", "w", "s"].forEach((name, at) => token.setAttribute(`data-${name}`, levels[at]));
+      if (levels?.length) ["g", "w", "s"].forEach((name, at) => token.setAttribute(`data-${name}`, levels[at]));
     }
     const interval = low === null ? "" : ` [${signed(low, 4)}, ${signed(high, 4)}]`;
     slider.setAttribute("aria-valuetext", `step ${step}`);

@@ -23,32 +23,43 @@ function table(header, rows) {
 function choosing(show) {
   const texts = document.getElementById("texts");
   const form = document.getElementById("switch");
-  const tokens = [...texts.querySelectorAll(".t")];
-  const order = new Map(tokens.map((token, number) => [token, number]));
+  // A text stands in a column for each model: the ids of its tokens differ between these in their first letter alone.
+  const columns = new Map();
+  const order = new Map();
+  for (const token of texts.querySelectorAll(".t")) {
+    if (!columns.has(token.id[0])) columns.set(token.id[0], []);
+    order.set(token, columns.get(token.id[0]).push(token) - 1);
+  }
   let chosen = null;
   let held = false;
   let pointed = "";
 
   function choose(token) {
     if (token === chosen) return;
-    chosen?.classList.remove("chosen");
+    for (const twin of twins(chosen)) twin.classList.remove("chosen");
     chosen = token;
-    chosen.classList.add("chosen");
+    for (const twin of twins(chosen)) twin.classList.add("chosen");
     show(token);
   }
 
   function hold(yes) {
-    chosen?.classList.toggle("held", yes);
+    for (const twin of twins(chosen)) twin.classList.toggle("held", yes);
     held = yes;
+  }
+
+  // The token in every column.
+  function twins(token) {
+    return token ? [...columns.keys()].map((letter) => document.getElementById(letter + token.id.slice(1))) : [];
   }
 
   function level(token) {
     return Number(token.getAttribute(`data-${document.body.dataset.show[0]}`) ?? 0);
   }
 
-  function beside(token, key) {
+  function next(token, key) {
     const step = key === "ArrowLeft" || key === "ArrowUp" ? -1 : 1;
     const coloured = key === "ArrowUp" || key === "ArrowDown";
+    const tokens = columns.get(token.id[0]);
     let number = order.get(token) + step;
     while (coloured && tokens[number] && level(tokens[number]) === 0) number += step;
     return tokens[number];
@@ -80,9 +91,9 @@ function choosing(show) {
     if (!token || event.ctrlKey || event.altKey || event.metaKey) return;
     if (event.key === "Enter" || event.key === " ") hold(!held);
     else if (event.key === "Escape") hold(false);
-    else if (event.key.startsWith("Arrow")) beside(token, event.key)?.focus();
-    else if (event.key === "Home") tokens[0].focus();
-    else if (event.key === "End") tokens.at(-1).focus();
+    else if (event.key.startsWith("Arrow")) next(token, event.key)?.focus();
+    else if (event.key === "Home") columns.get(token.id[0])[0].focus();
+    else if (event.key === "End") columns.get(token.id[0]).at(-1).focus();
     else return;
     event.preventDefault();
   });
@@ -100,5 +111,5 @@ function choosing(show) {
   form.addEventListener("change", colour);
   colour();
   jump();
-  return {tokens, choose, chosen: () => chosen};
+  return {tokens: [...order.keys()], choose, chosen: () => chosen};
 }

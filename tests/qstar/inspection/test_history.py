@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import inspected
 import pytest
-from parsed_page import Parsed, close
+from parsed import Parsed, close
 
 from qstar.inspection.data import Inspection
 from qstar.inspection.highlights import SURPRISE_SCALE, WEIGHT_SCALE, level
@@ -43,7 +43,7 @@ def test_the_data_in_the_page_is_that_of_the_inspections(learned):
             for each in document.positions:
                 levels, gain, weight, thought, before, after = shown[str(each.index)]
                 if each.gain is None:
-                    assert levels is None and gain is None
+                    assert levels == [] and gain is None
                 else:
                     surprise = max(level(each.surprise, SURPRISE_SCALE), 0)
                     assert levels == [level(each.gain), level(each.weight, WEIGHT_SCALE), surprise]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import inspected
 import pytest
-from browser import Browser, found_browser
+from browser import AXE, STATUS, Browser, found_browser, serious_violations
+from parsed import plain, rounded, signed
 
 from qstar.inspection.data import Inspection
 from qstar.inspection.highlights import level
@@ -16,19 +16,12 @@ from qstar.inspection.history import history_page, snapshot
 from qstar.inspection.visible import visible_token
 
 pytestmark = pytest.mark.skipif(found_browser() is None, reason="no browser is here: install chromium to run it")
-AXE = Path(__file__).resolve().parents[3] / "node_modules" / "axe-core" / "axe.min.js"
 STEPS = (0, 50, 75)
-STATUS, FIGURE = (f"document.getElementById('{name}').textContent" for name in ("status", "figure"))
+FIGURE = "document.getElementById('figure').textContent"
+SLIDER = "document.getElementById('step')"
 LEVELS = "[...document.querySelectorAll('#texts .t')].map(each => each.dataset.g ?? null)"
 ROWS = "[...document.querySelectorAll('#token tbody tr')].map(row => [...row.cells].map(each => each.textContent))"
 CURRENT = "document.querySelector('#token tr[aria-current]').cells[0].textContent"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +39,9 @@ def files(tmp_path_factory, learned, hostile) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in made}
 
 
-def signed(value: float, digits: int = 3) -> str:
-    return f"{float(f'{value:.5g}'):+.{digits}f}".replace("-", "−")
-
-
-def plain(value: float, digits: int = 3) -> str:
-    return signed(value, digits).removeprefix("+")
-
-
 def slide(browser: Browser, to: int) -> None:
     """As a person that drags the slider."""
     browser.run(f"(step => {{ step.value = {to}; step.dispatchEvent(new Event('input')); }})({SLIDER})")
-
-
-SLIDER = "document.getElementById('step')"
 
 
 def expected_levels(found: Inspection) -> list[str | None]:
@@ -116,7 +98,7 @@ def test_a_token_shows_its_thought_at_every_step(browser, files, learned):
         assert browser.run(STATUS) == f"gain {signed(positions[to].gain)} nats, weight {plain(positions[to].weight)}"
         likely = browser.run("document.querySelector('#token .likely').textContent")
         before, after = positions[to].before[0], positions[to].after[0]
-        chances = [f"{each.text} {100 * float(f'{each.probability:.5g}'):.1f}%" for each in (before, after)]
+        chances = [f"{each.text} {100 * rounded(each.probability):.1f}%" for each in (before, after)]
         assert likely == f"likeliest without {chances[0]}, with {chances[1]}"
 
 
@@ -176,9 +158,4 @@ def test_hostile_text_is_shown_as_text(browser, files, hostile):
 def test_nobody_is_kept_out(browser, files, name, scheme):
     """Of what axe-core knows nothing serious is wrong, in either scheme."""
     browser.open(files[name])
-    browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-    browser.run(AXE.read_text() + "; true")
-    found = browser.run("axe.run().then(found => JSON.stringify(found.violations))")
-    browser.send("Emulation.setEmulatedMedia", features=[])
-    serious = [each for each in json.loads(found) if each["impact"] in ("serious", "critical")]
-    assert [(each["id"], each["nodes"][0]["html"]) for each in serious] == []
+    assert serious_violations(browser, scheme) == []

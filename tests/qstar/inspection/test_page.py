@@ -9,7 +9,7 @@ from collections import Counter
 import inspected
 import pytest
 import tiny
-from parsed_page import Parsed, close
+from parsed import Parsed, close
 
 import qstar
 from qstar.inspection.highlights import SURPRISE_SCALE, WEIGHT_SCALE, extremes, level, places
@@ -36,6 +36,7 @@ def test_the_data_in_the_page_is_that_of_the_inspection(which, request):
                 assert [[strings[text], p] for text, p in mine[name]] == [
                     [visible_token(each.text), close(each.probability)] for each in getattr(position, name)
                 ]
+            assert [each["gain"] for each in mine["rationales"]] == [close(value) for value in position.own_gains]
             for shown, rationale in zip(mine["rationales"], position.rationales, strict=True):
                 assert [strings[each] for each in shown["tokens"]] == [visible_token(each) for each in rationale.tokens]
                 assert shown["log_probs"] == [close(value) for value in rationale.log_probs]
@@ -77,6 +78,9 @@ def test_the_ranked_lists_lead_to_the_places_of_the_extremes(found):
     assert len(thoughts) == 2 * len(links)
     first = best[0].position.rationales[0] if best else worst[0].position.rationales[0]
     assert thoughts[0].startswith(f"⟨{''.join(first.tokens)}⟩ weight {first.weight:.3f}")
+    gains = [gain for each in (*best, *worst) for gain in each.position.own_gains]
+    assert [text.rpartition(", ")[2] for text in thoughts] == [f"gain {gain:+.3f}" for gain in gains]
+    assert len({f"{gain:+.3f}" for gain in gains}) > len(links), "the thoughts of one place differ"
 
 
 def test_the_tables_show_the_summary(found):

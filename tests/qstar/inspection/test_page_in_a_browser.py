@@ -7,7 +7,8 @@ from pathlib import Path
 
 import inspected
 import pytest
-from browser import Browser, found_browser
+from browser import AXE, FOCUSED, PANEL, STATUS, focus_text, found_browser, serious_violations
+from parsed import plain, rounded, signed
 
 from qstar.inspection.data import Inspection
 from qstar.inspection.highlights import extremes, level
@@ -15,16 +16,6 @@ from qstar.inspection.page import page
 from qstar.inspection.visible import visible_token
 
 pytestmark = pytest.mark.skipif(found_browser() is None, reason="no browser is here: install chromium to run it")
-AXE = Path(__file__).resolve().parents[3] / "node_modules" / "axe-core" / "axe.min.js"
-FOCUSED, STATUS = "document.activeElement.id", "document.getElementById('status').textContent"
-PANEL = "document.getElementById('token').innerText"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +25,6 @@ def files(tmp_path_factory, found, hostile) -> dict[str, Path]:
     for name, each in made.items():
         (folder / f"{name}.html").write_text(page(each), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in made}
-
-
-def rounded(value: float) -> float:
-    """As the page holds it."""
-    return float(f"{value:.5g}")
-
-
-def signed(value: float) -> str:
-    return f"{rounded(value):+.3f}".replace("-", "−")
-
-
-def plain(value: float) -> str:
-    return f"{rounded(value):.3f}".replace("-", "−")
 
 
 def ids(found: Inspection) -> list[str]:
@@ -59,15 +37,6 @@ def expected_status(found: Inspection, token: str) -> str:
     if place not in known:
         return "no thought stands before this token"
     return f"gain {signed(known[place].gain)} nats, weight {plain(known[place].weight)}"
-
-
-def focus_text(browser: Browser) -> None:
-    """Go to the first token by Tab alone."""
-    for _ in range(10):
-        browser.press("Tab")
-        if browser.run(FOCUSED) == "t0-0":
-            return
-    raise AssertionError("Tab does not reach the text")
 
 
 @pytest.mark.parametrize("name", ["found", "hostile", "long"])
@@ -137,11 +106,11 @@ def test_a_token_shows_its_thoughts_and_what_was_likely(browser, files, found):
         values = position.base_log_prob[ahead], position.talk_log_prob[ahead]
         row = [document.tokens[3 + ahead].strip(), *map(plain, values), signed(position.gain_ahead[ahead])]
         assert " ".join(row) in shown
-    for each in position.rationales:
+    for each, gain in zip(position.rationales, position.own_gains, strict=True):
         pieces = [f"{token}{rounded(value):.2f}" for token, value in zip(each.tokens, each.log_probs, strict=True)]
         assert "".join(pieces).replace("-", "−") in shown
         facts = f"weight {plain(each.weight)}, entropy {plain(each.entropy)} nats, advantage {signed(each.advantage)}"
-        assert facts in shown
+        assert f"{facts}, gain {signed(gain)}" in shown
     for name, likely in (("without", position.before), ("with", position.after)):
         line = " ".join(f"{each.text} {100 * rounded(each.probability):.1f}%" for each in likely)
         assert f"{name} {line}" in shown
@@ -266,11 +235,6 @@ def test_twenty_thousand_tokens_are_painted_and_found_within_a_second(browser, f
 def test_nobody_is_kept_out(browser, files, name, scheme, kind):
     """Of what axe-core knows nothing serious is wrong, in either scheme, whatever the colours mean."""
     browser.open(files[name])
-    browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     browser.run(f"document.querySelector('input[value={kind}]').click()")
     browser.point("#t0-1")
-    browser.run(AXE.read_text() + "; true")
-    found = browser.run("axe.run().then(found => JSON.stringify(found.violations))")
-    browser.send("Emulation.setEmulatedMedia", features=[])
-    serious = [each for each in json.loads(found) if each["impact"] in ("serious", "critical")]
-    assert [(each["id"], each["nodes"][0]["html"]) for each in serious] == []
+    assert serious_violations(browser, scheme) == []

@@ -1,4 +1,4 @@
-"""HTML pages as their elements."""
+"""A page as its elements, and numbers as a page holds them."""
 
 from __future__ import annotations
 
@@ -45,3 +45,17 @@ class Parsed(HTMLParser):
 def close(value):
     """The same number to five digits; NaN's place is None."""
     return None if value is None else pytest.approx(value, rel=1e-4, abs=1e-12)
+
+
+def rounded(value: float) -> float:
+    """As the data of a page holds it."""
+    return float(f"{value:.5g}")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """As a page's script shows it."""
+    return f"{rounded(value):+.{digits}f}".replace("-", "−")
+
+
+def plain(value: float, digits: int = 3) -> str:
+    return signed(value, digits).removeprefix("+")
