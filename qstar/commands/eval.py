@@ -18,7 +18,7 @@ from qstar.config import CONFIG_FILE, QuietStarConfig
 from qstar.data import DataSettings
 from qstar.data.load import check_name
 from qstar.embedded.sums import SUMS
-from qstar.evaluation.harness import check_harness, evaluate_with_harness, harness_table
+from qstar.evaluation.harness import evaluate_with_harness, find_harness_tasks, harness_table
 from qstar.evaluation.held_out import evaluate
 from qstar.evaluation.plots import draw_report
 from qstar.evaluation.record import write_report
@@ -55,8 +55,7 @@ def run(arguments: list[str]) -> None:
         parser.error(f"--{next(iter(of_harness)).replace('_', '-')} is given, but --lm-eval is not")
     if dataset is not None:
         check_name(dataset, "dataset")
-    if harness:
-        check_harness(harness.split(","), of_harness.get("include_path"))
+    harness_tasks = find_harness_tasks(harness.split(","), of_harness.pop("include_path", None)) if harness else None
 
     model, tokenizer = any_model(name)
     if held_out and not isinstance(model, QuietStarModel):
@@ -86,8 +85,8 @@ def run(arguments: list[str]) -> None:
         result = evaluate(cast(Any, model), tokenizer, **options, **shared)
         print(evaluation_table(result))
         more[HELD_OUT] = {"dataset": dataset, **result.summary(), **asdict(result)}
-    if harness:
-        found = evaluate_with_harness(model, tokenizer, harness.split(","), **of_harness, **shared)
+    if harness_tasks:
+        found = evaluate_with_harness(model, tokenizer, harness_tasks, **of_harness, **shared)
         print(harness_table(found))
         more["lm_eval"] = found
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,25 +34,32 @@ def lm_eval() -> ModuleType:
     return lm_eval
 
 
-def check_harness(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
-    """Refuse tasks that :func:`evaluate_with_harness` would refuse, before a model is loaded.
+class HarnessTasks(NamedTuple):
+    """Tasks of the harness, as its ``TaskManager`` found them."""
+
+    manager: Any
+    names: list[str]
+
+
+def find_harness_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> HarnessTasks:
+    """Find tasks among all that the harness has, which it takes seconds to read.
+
+    Args:
+        tasks: names, patterns or YAML files of the harness.
+        include_path: a folder with further tasks.
 
     Raises:
         ValueError: lm-eval is not installed; there is no such task.
     """
-    found_tasks(_manager(include_path), tasks)
-
-
-def _manager(include_path: str | Path | None) -> Any:
-    return lm_eval().tasks.TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = lm_eval().tasks.TaskManager(include_path=None if include_path is None else str(include_path))
+    return HarnessTasks(manager, found_tasks(manager, tasks))
 
 
 def evaluate_with_harness(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
+    tasks: HarnessTasks,
     *,
-    include_path: str | Path | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
@@ -64,8 +71,7 @@ def evaluate_with_harness(
     Args:
         model: any causal language model.
         tokenizer: its tokenizer.
-        tasks: names, patterns or YAML files of the harness.
-        include_path: a folder with further tasks.
+        tasks: what :func:`find_harness_tasks` found.
         num_fewshot: solved examples before each question; as the task says by default.
         limit: questions of each task; all by default.
         batch_size: requests at a time.
@@ -76,15 +82,10 @@ def evaluate_with_harness(
     Returns:
         What ``lm_eval.simple_evaluate`` returns, as JSON can say it, by the names of the rows ``WITHOUT`` and
         ``OWN_THOUGHTS``. Its ``config`` says how the model thought.
-
-    Raises:
-        ValueError: lm-eval is not installed; there is no such task.
     """
     harness = lm_eval()
     from qstar.evaluation.harness_model import QuietStarLM
 
-    manager = _manager(include_path)
-    wanted = found_tasks(manager, tasks)
     rows = {WITHOUT: False} | ({OWN_THOUGHTS: True} if isinstance(model, QuietStarModel) else {})
     results = {}
     with evaluating(model):
@@ -99,8 +100,8 @@ def evaluate_with_harness(
             )
             found = harness.simple_evaluate(
                 row,
-                tasks=wanted,
-                task_manager=manager,
+                tasks=tasks.names,
+                task_manager=tasks.manager,
                 num_fewshot=num_fewshot,
                 limit=limit,
                 batch_size=batch_size,

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+from on_processes import free_port, meet, on_every_rank
 from tiny_runs import texts
 
+from qstar.commands.main import main
 from qstar.training.checkpoints import fault
 from qstar.training.folders import LOCK_FILE
 
@@ -48,6 +50,15 @@ def finished(run: subprocess.Popen) -> str:
     return errors
 
 
+def train(rank: int, port: int, folder: Path, flags: str) -> None:
+    """One process of a run, without the launcher; what it writes to the error stream is kept."""
+    meet(rank, port)
+    os.chdir(folder)
+    with open(f"errors-{rank}.txt", "wb") as errors:
+        os.dup2(errors.fileno(), sys.stderr.fileno())
+    sys.exit(main(["train", *FLAGS.split(), *flags.split()]))
+
+
 def weights(run: Path) -> list[str]:
     files = ("model.safetensors", "qstar/mixing_head.safetensors")
     return [hashlib.sha256((run / name).read_bytes()).hexdigest() for name in files]
@@ -64,7 +75,8 @@ def test_two_processes_go_on_from_the_last_whole_checkpoint(begin, tmp_path):
     for step in (2, 4):
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "cut" / f"checkpoint-{step}")
     (tmp_path / "cut" / "checkpoint-4" / "random_state_1.json").unlink()
-    errors = finished(begin("--output_dir cut --max_steps 6 --save_steps 2 --resume"))
+    on_every_rank(train, free_port(), tmp_path, "--output_dir cut --max_steps 6 --save_steps 2 --resume")
+    errors = (tmp_path / "errors-0.txt").read_text()
     assert "checkpoint-4 is left out: random_state_1.json is missing" in errors
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
@@ -85,5 +97,5 @@ def test_two_processes_stop_after_the_same_step(begin, tmp_path):
     assert fault(checkpoint) is None
     assert all((checkpoint / f"random_state_{rank}.json").is_file() for rank in range(2))
     step = int(checkpoint.name.split("-")[1])
-    finished(begin(f"--output_dir run --max_steps {step + 2} --resume"))
+    on_every_rank(train, free_port(), tmp_path, f"--output_dir run --max_steps {step + 2} --resume")
     assert fault(tmp_path / "run" / f"checkpoint-{step + 2}") is None

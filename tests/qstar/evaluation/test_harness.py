@@ -24,7 +24,7 @@ import qstar
 from qstar import reference
 from qstar.evaluation.answers import Letters
 from qstar.evaluation.direct import answer_directly
-from qstar.evaluation.harness import evaluate_with_harness, found_tasks, harness_table
+from qstar.evaluation.harness import evaluate_with_harness, find_harness_tasks, found_tasks, harness_table
 from qstar.evaluation.harness_model import QuietStarLM
 from qstar.evaluation.questions import Question
 from qstar.evaluation.report import Row
@@ -272,7 +272,7 @@ def test_what_would_have_no_effect_is_refused(model):
 def test_our_door_runs_tasks_with_and_without_thoughts(model, tasks):
     tokenizer = tiny.tokenizer()
     model.train()
-    results = evaluate_with_harness(model, tokenizer, ["letters"], include_path=tasks, batch_size=4, limit=9)
+    results = evaluate_with_harness(model, tokenizer, find_harness_tasks(["letters"], tasks), batch_size=4, limit=9)
     assert model.training
     model.eval()
     assert list(results) == [WITHOUT, OWN_THOUGHTS]
@@ -303,7 +303,7 @@ def test_the_harness_is_told_of_our_class():
     assert getattr(import_module(module), name) is QuietStarLM
 
 
-def test_without_lm_eval_the_extra_is_named(model, monkeypatch):
+def test_without_lm_eval_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match="the extra eval, but lm_eval is not installed: pip install lm-eval"):
-        evaluate_with_harness(model, tiny.tokenizer(), ["letters"])
+        find_harness_tasks(["letters"])
