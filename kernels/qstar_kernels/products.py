@@ -202,35 +202,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         ValueError: ``backend`` is none of these, or it is ``"onednn"`` and cannot run on these tensors.
         TypeError, RuntimeError: as ``torch.nn.functional.linear``.
     """
+    chosen = choose(backend, x, weight, bias)
+    if chosen == "reference":
+        return reference.linear(x, weight, bias)
+    return linear_by_onednn(x, weight, bias) if chosen == "onednn" else F.linear(x, weight, bias)
+
+
+def choose(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """The backend that runs :func:`linear` on these tensors: reference, torch or onednn; raises as that says."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but it must be one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "reference":
-        return reference.linear(x, weight, bias)
+    if backend == "auto":
+        return "onednn" if goes_to_onednn(x, weight) and fits(bias, weight) else "torch"
     if backend == "onednn":
-        check_onednn(x, weight, bias)
-        return linear_by_onednn(x, weight, bias)
-    if backend == "auto" and goes_to_onednn(x, weight) and fits(bias, weight):
-        return linear_by_onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
+        refusal = find_refusal()
+        if refusal is None and not (is_ordinary(x, weight) and fits(bias, weight)):
+            refusal = "it takes float32 tensors on a CPU and a bias [n], outside of autocast, compilers and transforms"
+        if refusal is not None:
+            raise ValueError(f"backend is 'onednn', but it cannot run: {refusal}")
+        if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+            shapes = f"{list(x.shape)} and {list(weight.shape)}"
+            raise ValueError(f"x and weight have shapes {shapes}, but they must be [..., k] and [n, k]")
+    return backend
 
 
 def fits(bias: Tensor | None, weight: Tensor) -> bool:
     """Whether ``bias`` is one that oneDNN adds to what ``weight`` makes."""
     return bias is None or (bias.shape == weight.shape[:1] and is_ordinary(bias))
-
-
-def check_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise ValueError where oneDNN cannot run on these tensors."""
-    if (refusal := find_refusal()) is not None:
-        raise ValueError(f"backend is 'onednn', but it cannot run: {refusal}")
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        shapes = f"{list(x.shape)} and {list(weight.shape)}"
-        raise ValueError(f"x and weight have shapes {shapes}, but they must be [..., k] and [n, k]")
-    if not (is_ordinary(x, weight) and fits(bias, weight)):
-        raise ValueError(
-            "backend is 'onednn', but it cannot run: it takes float32 tensors on a CPU, a bias [n], no autocast and no "
-            "transform"
-        )
 
 
 class _LinearLayers(TorchFunctionMode):
@@ -246,7 +244,7 @@ class _LinearLayers(TorchFunctionMode):
                 return linear(*args)
             if len(args) == 3:  # the linear layers of GPT-2 and its like
                 bias, x, weight = args[0], args[1], args[2].t()
-                if goes_to_onednn(x, weight) and fits(bias, weight):
+                if choose("auto", x, weight, bias) == "onednn":
                     return linear_by_onednn(x, weight, bias)
         return func(*args, **(kwargs or {}))
 
