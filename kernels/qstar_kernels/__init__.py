@@ -9,10 +9,11 @@ PyTorch's own libraries, those of linear layers inside :func:`linear_layers`; :f
 
 from qstar_kernels.backends import explain
 from qstar_kernels.lm_head import linear_log_prob, linear_log_prob_sum, mix_hidden, sample_linear
-from qstar_kernels.products import cpu_products, current_cpu_products, linear, linear_layers
+from qstar_kernels.products import CPU_LIBRARIES, cpu_products, current_cpu_products, linear, linear_layers
 from qstar_kernels.thought_attention import thought_attention, thought_attention_part, thought_attention_step
 
 __all__ = [
+    "CPU_LIBRARIES",
     "cpu_products",
     "current_cpu_products",
     "explain",

@@ -24,9 +24,15 @@ from torch.overrides import TorchFunctionMode
 
 from qstar_kernels import reference
 
-LIBRARIES = ("auto", "torch", "onednn")
+CPU_LIBRARIES = ("auto", "torch", "onednn")
 BACKENDS = ("auto", "reference", "torch", "onednn")
 ORDINARY = (Tensor, nn.Parameter)
+PRIVATE = (  # what is called here of PyTorch without a promise that it stays
+    (torch.ops.mkldnn, "_linear_pointwise"),
+    (torch._C, "_are_functorch_transforms_active"),
+    (torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    (torch.cpu, "get_capabilities"),
+)
 LEAST_WORK = 2**22  # multiply-adds of a product: with fewer, a call costs about what it saves
 LEAST_SIZE = 8  # rows and columns of its factors: with fewer, the product waits for memory by either library
 
@@ -55,8 +61,8 @@ def cpu_products(library: str) -> Iterator[None]:
     Raises:
         ValueError: ``library`` is none of these, or it is ``"onednn"``, which this PyTorch cannot call.
     """
-    if library not in LIBRARIES:
-        raise ValueError(f"library is {library!r}, but it must be one of {', '.join(map(repr, LIBRARIES))}")
+    if library not in CPU_LIBRARIES:
+        raise ValueError(f"library is {library!r}, but it must be one of {', '.join(map(repr, CPU_LIBRARIES))}")
     if library == "onednn" and (refusal := find_refusal()) is not None:
         raise ValueError(f"library is 'onednn', but it cannot run: {refusal}")
     token = _library.set(library)
@@ -75,8 +81,9 @@ def find_refusal() -> str | None:
     """Why oneDNN cannot be called, or None."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch is built without oneDNN"
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return f"PyTorch {torch.__version__} has no operator mkldnn._linear_pointwise"
+    for place, name in PRIVATE:
+        if not hasattr(place, name):
+            return f"PyTorch {torch.__version__} has no {name}"
     return None
 
 
