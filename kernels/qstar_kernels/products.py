@@ -51,7 +51,7 @@ class Library(NamedTuple):
 def cpu_products(library: str) -> Iterator[None]:
     """Choose the library of float32 products on a CPU for what this thread does inside.
 
-    It is that of this package's ops, and of linear layers inside :func:`linear_layers`. The backward of what was done
+    It is that of this package's ops, and of linear layers inside :func:`faster_linear`. The backward of what was done
     inside keeps to it.
 
     Args:
@@ -238,10 +238,10 @@ def fits(bias: Tensor | None, weight: Tensor) -> bool:
     return bias is None or (bias.shape == weight.shape[:1] and is_ordinary(bias))
 
 
-class _LinearLayers(TorchFunctionMode):
+class _FasterLinear(TorchFunctionMode):
     """Sends the linear layers of PyTorch and transformers to :func:`linear`."""
 
-    def __enter__(self) -> _LinearLayers:
+    def __enter__(self) -> _FasterLinear:
         self._around = how_gradients_are_kept()
         return super().__enter__()
 
@@ -261,7 +261,7 @@ def how_gradients_are_kept() -> tuple[bool, Any]:
     return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def linear_layers(states: Tensor) -> contextlib.AbstractContextManager:
+def faster_linear(states: Tensor) -> contextlib.AbstractContextManager:
     """Let linear layers on such ``states`` ``[..., E]`` be :func:`linear`, whatever model calls them inside.
 
     They are told by what they call, ``torch.nn.functional.linear`` or ``torch.addmm``; no module is changed, and other
@@ -272,4 +272,4 @@ def linear_layers(states: Tensor) -> contextlib.AbstractContextManager:
     width = states.shape[-1] if states.dim() else 0
     if not width or not pays(states.numel() // width, width, width) or not is_chosen() or not is_ordinary(states):
         return contextlib.nullcontext()
-    return _LinearLayers()
+    return _FasterLinear()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import qstar_kernels
-from qstar_kernels import cpu_products, current_cpu_products, linear, linear_layers, products
+from qstar_kernels import cpu_products, current_cpu_products, faster_linear, linear, products
 from qstar_kernels.testing import assert_close
 
 pytestmark = pytest.mark.skipif(products.find_refusal() is not None, reason="this PyTorch cannot call oneDNN")
@@ -159,7 +159,7 @@ def test_layers_inside_go_to_onednn_and_those_outside_and_elsewhere_do_not(calls
     model, x = layers(), states(64)
     expected = model(x)
     assert not calls
-    with linear_layers(x):
+    with faster_linear(x):
         ours = model(x)
         elsewhere = threading.Thread(target=model, args=(x,))
         elsewhere.start()
@@ -173,7 +173,7 @@ def test_layers_inside_go_to_onednn_and_those_outside_and_elsewhere_do_not(calls
 
 def test_a_backward_outside_keeps_to_the_library_of_the_forward(calls):
     model, x = layers(), states(64)
-    with linear_layers(x):
+    with faster_linear(x):
         loss = model(x).square().sum()
     forward = len(calls)
     with cpu_products("torch"):
@@ -183,9 +183,9 @@ def test_a_backward_outside_keeps_to_the_library_of_the_forward(calls):
 
 def test_nothing_is_left_behind_by_an_exception_or_by_contexts_inside_each_other(calls):
     model, x = layers(), states(64)
-    with pytest.raises(RuntimeError), linear_layers(x):
+    with pytest.raises(RuntimeError), faster_linear(x):
         model(x[:, :100])
-    with linear_layers(x), linear_layers(x):
+    with faster_linear(x), faster_linear(x):
         with cpu_products("torch"):
             model(x)
         assert current_cpu_products() == "onednn" and not calls
@@ -201,11 +201,11 @@ def test_linear_layers_of_gpt2_are_known(calls):
     model = nn.Sequential(Conv1D(320, 256), nn.ReLU(), Conv1D(256, 320))
     x = states(2, 64)
     expected = model(x)
-    with linear_layers(x):
+    with faster_linear(x):
         ours = model(x)
     assert len(calls) == 2
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    with linear_layers(x):
+    with faster_linear(x):
         torch.addmm(torch.ones(128, 256), x[0, :, :256].repeat(2, 1), torch.ones(256, 256), beta=2.0)
         torch.addmm(torch.ones(128, 256), x[0].repeat(2, 1), torch.ones(256, 256))
     assert len(calls) == 2
@@ -216,7 +216,7 @@ def test_a_checkpoint_inside_keeps_to_torch_so_that_its_backward_computes_the_sa
     model, x = layers(), states(64).requires_grad_()
     seen = []
     model[1].register_forward_hook(lambda module, given, out: seen.append(out.detach().clone()))
-    with linear_layers(x):
+    with faster_linear(x):
         loss = checkpoint(model, x, use_reentrant=reentrant).square().sum()
     loss.backward()
     assert not calls and len(seen) == 2 and torch.equal(*seen)
@@ -228,7 +228,7 @@ def test_a_checkpoint_around_computes_the_same_twice(calls):
     model[1].register_forward_hook(lambda module, given, out: seen.append(out.detach().clone()))
 
     def run(x):
-        with linear_layers(x):
+        with faster_linear(x):
             return model(x)
 
     checkpoint(run, x, use_reentrant=False).square().sum().backward()
@@ -279,7 +279,7 @@ def without_onednn(model, x):
 def test_what_onednn_does_not_take_stays_as_it_is(calls, run):
     model, x = layers(), states(64)
     expected = run(model, x)
-    with linear_layers(x):
+    with faster_linear(x):
         ours = run(model, x)
     assert not calls and torch.equal(ours, expected)
 
@@ -287,7 +287,7 @@ def test_what_onednn_does_not_take_stays_as_it_is(calls, run):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_other_dtypes_stay_as_they_are(calls, dtype):
     model, x = layers().to(dtype), states(64).to(dtype)
-    with linear_layers(states(64)):
+    with faster_linear(states(64)):
         ours = model(x)
     assert not calls and torch.equal(ours, model(x))
 
@@ -307,7 +307,7 @@ def test_only_large_products_go_to_onednn(calls, rows, k, n, taken):
 def test_no_rows_and_no_columns_are_no_products(calls):
     for shape, n in (((0, 256), 256), ((3, 0, 256), 256), ((5, 0), 4)):
         leaves, d_out = case(shape, n)
-        with linear_layers(leaves[0]):
+        with faster_linear(leaves[0]):
             out = F.linear(*leaves)
         out.backward(d_out)
         assert torch.equal(out, F.linear(*leaves)) and not calls
