@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(products.find_refusal() is not None, reason="thi
 
 SIZES = dict(thought_tokens=3, ahead_tokens=2, rationales=2)
 WIDE = dict(hidden_size=128, intermediate_size=192, head_dim=32)
-CHANGES = {"llama": WIDE, "gemma2": WIDE, "gpt2": dict(n_embd=128)}
+CHANGES = {"llama": WIDE, "qwen2": WIDE, "gpt2": dict(n_embd=128)}
 POSITIONS = 24  # of two texts: 24 * 13 * 2 rows of 128 are enough
 WHOLE_GRID = None
 
