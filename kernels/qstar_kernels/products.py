@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
 
 from qstar_kernels import reference
@@ -127,7 +128,8 @@ def is_ordinary(*tensors: Tensor) -> bool:
     """Whether these are float32 numbers in the memory of a CPU, and nothing stands between them and a product.
 
     Not so under autocast, a compiler or transforms like ``vmap``, nor for tensors of classes of their own, as those
-    that are spread over processes or quantised: all these know PyTorch's own products alone.
+    that are spread over processes or quantised, or with a derivative that goes forward: all these know PyTorch's own
+    products alone.
     """
     return (
         all(type(x) in ORDINARY and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
@@ -135,6 +137,7 @@ def is_ordinary(*tensors: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and torch.backends.mkldnn.enabled
+        and all(unpack_dual(x).tangent is None for x in tensors)
     )
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import qstar_kernels
@@ -91,6 +93,19 @@ def test_what_is_frozen_has_no_gradient_and_is_not_kept(calls, learned):
     assert len(calls) == 1 + learned[0] + learned[1]
 
 
+class SecondFactors(TorchDispatchMode):
+    """Whether those that oneDNN is given are dense, as they are or transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self.dense.append(args[1].is_contiguous() or args[1].t().is_contiguous())
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("view", ["wider", "every other", "transposed", "transposed of wider", "expanded"])
 @pytest.mark.parametrize("which", ["x", "weight", "d_out"])
 def test_factors_of_any_strides(calls, which, view):
@@ -112,8 +127,9 @@ def test_factors_of_any_strides(calls, which, view):
     else:
         place = ("x", "weight").index(which)
         leaves[place] = strided(leaves[place]).requires_grad_()
-    assert_exact(leaves, d_out, linear)
-    assert len(calls) >= 3
+    with SecondFactors() as given:
+        assert_exact(leaves, d_out, linear)
+    assert len(calls) >= 3 and len(given.dense) == 3 and all(given.dense)
 
 
 def test_rows_have_the_same_bits_among_more_and_fewer_others_and_on_any_number_of_threads():
@@ -252,6 +268,11 @@ def differentiated(model, x):
     return torch.func.grad(lambda each: model(each).square().sum())(x)
 
 
+def forward_differentiated(model, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
 def on_meta(model, x):
     return torch.zeros(model.to("meta")(x.to("meta")).shape)
 
@@ -274,7 +295,11 @@ def without_onednn(model, x):
 
 @pytest.mark.filterwarnings("ignore")  # what is deprecated of the quantisation in PyTorch
 @pytest.mark.parametrize(
-    "run", [autocast, compiled, vmapped, differentiated, on_meta, of_a_class, quantised, without_onednn]
+    "run",
+    [
+        *(autocast, compiled, vmapped, differentiated, forward_differentiated),
+        *(on_meta, of_a_class, quantised, without_onednn),
+    ],
 )
 def test_what_onednn_does_not_take_stays_as_it_is(calls, run):
     model, x = layers(), states(64)
