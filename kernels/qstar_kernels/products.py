@@ -34,6 +34,7 @@ PRIVATE = (  # what is called here of PyTorch without a promise that it stays
     (torch._C._autograd, "_top_saved_tensors_default_hooks"),
     (torch.cpu, "get_capabilities"),
 )
+LAYERS = (F.linear, torch.addmm)  # what layers call: those of GPT-2 and its like the second
 LEAST_WORK = 2**22  # multiply-adds of a product: with fewer, a call costs about what it saves
 LEAST_SIZE = 8  # rows and columns of its factors: with fewer, the product waits for memory by either library
 
@@ -114,7 +115,9 @@ def describe(device: torch.device, dtype: torch.dtype) -> Library:
 
 
 def is_chosen() -> bool:
-    """Whether large products go to oneDNN here."""
+    """Whether large products go to oneDNN here; not in what is being compiled, whose compiler chooses."""
+    if torch.compiler.is_compiling():
+        return False
     library = _library.get()
     return (automatic().name if library == "auto" else library) == "onednn"
 
@@ -127,7 +130,7 @@ def pays(rows: int, inner: int, columns: int) -> bool:
 def is_ordinary(*tensors: Tensor) -> bool:
     """Whether these are float32 numbers in the memory of a CPU, and nothing stands between them and a product.
 
-    Not so under autocast, a compiler or transforms like ``vmap``, nor for tensors of classes of their own, as those
+    Not so under autocast, a compiler, or transforms like ``vmap``, nor for tensors of classes of their own, as those
     that are spread over processes or quantised, or with a derivative that goes forward: all these know PyTorch's own
     products alone.
     """
@@ -145,7 +148,7 @@ def goes_to_onednn(a: Tensor, b: Tensor) -> bool:
     """Whether ``a b^T`` of ``a [..., k]`` and ``b [n, k]`` goes there."""
     if b.dim() != 2 or a.dim() < 2 or a.shape[-1] != b.shape[1]:
         return False
-    return pays(a.numel() // max(a.shape[-1], 1), b.shape[1], b.shape[0]) and is_chosen() and is_ordinary(a, b)
+    return is_chosen() and pays(a.numel() // max(a.shape[-1], 1), b.shape[1], b.shape[0]) and is_ordinary(a, b)
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -249,13 +252,11 @@ class _FasterLinear(TorchFunctionMode):
         return super().__enter__()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not kwargs and (func is F.linear or func is torch.addmm) and how_gradients_are_kept() == self._around:
+        if not kwargs and func in LAYERS and is_chosen() and how_gradients_are_kept() == self._around:
             if func is F.linear:
                 return linear(*args)
-            if len(args) == 3:  # the linear layers of GPT-2 and its like
-                bias, x, weight = args[0], args[1], args[2].t()
-                if choose("auto", x, weight, bias) == "onednn":
-                    return linear_by_onednn(x, weight, bias)
+            if len(args) == 3 and choose("auto", args[1], args[2].t(), args[0]) == "onednn":
+                return linear_by_onednn(args[1], args[2].t(), args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -273,6 +274,6 @@ def faster_linear(states: Tensor) -> contextlib.AbstractContextManager:
     layer to gain, or not what oneDNN takes, nothing is done at all.
     """
     width = states.shape[-1] if states.dim() else 0
-    if not width or not pays(states.numel() // width, width, width) or not is_chosen() or not is_ordinary(states):
-        return contextlib.nullcontext()
-    return _FasterLinear()
+    if width and is_chosen() and pays(states.numel() // width, width, width) and is_ordinary(states):
+        return _FasterLinear()
+    return contextlib.nullcontext()

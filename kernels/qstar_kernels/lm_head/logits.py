@@ -66,7 +66,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a b`` in ``dtype``, rounded once."""
     if products.goes_to_onednn(a, b.T):
-        return products.multiply(a, b.T)
+        return products.multiply(a, b.T).to(dtype)
     return torch.mm(a, b, out_dtype=dtype) if dtype.itemsize > a.dtype.itemsize else (a @ b).to(dtype)
 
 
