@@ -1,6 +1,7 @@
 """Float32 products on a CPU by either library: values, gradients, and what keeps to PyTorch's own choice."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,16 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qstar_kernels
-from qstar_kernels import cpu_products, current_cpu_products, faster_linear, linear, products
+from qstar_kernels import (
+    cpu_products,
+    current_cpu_products,
+    faster_linear,
+    linear,
+    linear_log_prob,
+    linear_log_prob_sum,
+    products,
+    sample_linear,
+)
 from qstar_kernels.testing import assert_close
 
 pytestmark = [
@@ -228,3 +238,67 @@ def test_what_is_explained_is_what_runs(calls):
         assert explained.backend == ("onednn" if calls else "torch")
         assert library == "auto" or explained.reason == f"cpu_products({library!r}) is in force"
     assert {each.op: each.backend for each in qstar_kernels.explain("cpu", torch.float64)}["linear"] == "torch"
+
+
+def head_case(dtype):
+    """Rows, a vocabulary's weight and bias that require gradients, targets, weights of rows, and options."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(size, generator=generator) / 3 for size in ((90, 64), (1001, 64), (1001,)))
+    targets = torch.randint(2, 1001, (90,), generator=generator)
+    targets[::7] = -100
+    row_weight = torch.rand(90, generator=generator)
+    leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+    options = dict(temperature=0.7, logit_scale=1.3, softcap=20.0, forbidden=torch.tensor([0, 1]))
+    return leaves, targets, row_weight.to(dtype), options
+
+
+def head_results(dtype, op, bias):
+    """What ``op`` makes of :func:`head_case`, and the gradients; the backward runs in no context."""
+    (hidden, weight, shift), targets, row_weight, options = head_case(dtype)
+    leaves = [hidden, weight, shift][: 2 + bias]
+    options |= dict(bias=shift) if bias else {}
+    if op is linear_log_prob:
+        results = op(hidden, weight, targets, return_entropy=True, **options)
+        total = (results[0] * row_weight).sum() + results[1].sum()
+    else:
+        results = op(hidden, weight, targets, row_weight, **options)
+        total = results[0]
+    with cpu_products("torch"):
+        return [x.detach() for x in results] + list(torch.autograd.grad(total, leaves))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("op", [linear_log_prob, linear_log_prob_sum])
+def test_the_vocabulary_head_multiplies_by_the_same_library_in_both_directions(calls, op, bias):
+    exact = head_results(torch.float64, op, bias)
+    assert not calls
+    ours = head_results(torch.float32, op, bias)
+    rows = 90 - len(range(0, 90, 7))
+    one_way = [(rows, 64, 1001)]
+    both_ways = [(rows, 64, 1001), (rows, 1001, 64), (1001, rows, 64), (64, rows, 1001)]
+    assert calls == (one_way if op is linear_log_prob else []) + both_ways
+    for place, (x, right) in enumerate(zip(ours, exact, strict=True)):
+        assert_close(x, right, gradient=place > 1, name=f"result {place}")
+    with cpu_products("torch"):
+        calls.clear()
+        head_results(torch.float32, op, bias)
+        assert not calls
+
+
+def test_states_of_16_bits_meet_the_head_in_float32_and_have_gradients_of_16_bits(calls):
+    (hidden, weight, _), targets, _, options = head_case(torch.bfloat16)
+    (gradient,) = torch.autograd.grad(linear_log_prob(hidden, weight, targets, **options).sum(), hidden)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    (exact,) = torch.autograd.grad(linear_log_prob(*wide, targets, **options).sum(), wide[0])
+    assert len(calls) >= 3 and gradient.dtype == torch.bfloat16
+    assert_close(gradient, exact, gradient=True)
+
+
+def test_draws_are_those_of_float64_but_for_roundings(calls):
+    (hidden, weight, bias), _, _, options = head_case(torch.float32)
+    draw = partial(sample_linear, seed=3, **options)
+    tokens, log_prob = draw(hidden, weight, bias=bias)
+    assert calls == [(90, 64, 1001)]
+    exact, exact_log_prob = draw(hidden.double(), weight.double(), bias=bias.double())
+    assert torch.equal(tokens, exact)
+    assert_close(log_prob, exact_log_prob)
