@@ -136,6 +136,7 @@ def is_ordinary(*tensors: Tensor) -> bool:
     """
     return (
         all(type(x) in ORDINARY and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+        and all(x.layout == torch.strided for x in tensors)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -148,6 +149,14 @@ def quantised(model, x):
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})(x)
 
 
+def sparse(model, x):
+    return F.linear(x.to_sparse(), model[0].weight.detach())
+
+
+def packed(model, x):
+    return F.linear(x.to_mkldnn(), model[0].weight.detach(), model[0].bias.detach()).to_dense()
+
+
 def without_onednn(model, x):
     with torch.backends.mkldnn.flags(enabled=False):
         return model(x)
@@ -158,7 +167,7 @@ def without_onednn(model, x):
     "run",
     [
         *(autocast, compiled, compiled_alone, vmapped, differentiated, forward_differentiated),
-        *(on_meta, of_a_class, quantised, without_onednn),
+        *(on_meta, of_a_class, quantised, sparse, packed, without_onednn),
     ],
 )
 def test_what_onednn_does_not_take_stays_as_it_is(calls, run):
