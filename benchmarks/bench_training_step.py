@@ -1,5 +1,7 @@
 """The whole training step, without the optimizer: ours beside the masked path as the authors compute it.
 
+Ours also with the library of float32 products that PyTorch takes itself, which is that of the masked path.
+
 The shape is small: a Mistral of 4 layers, 256 wide, two rationales of 9 sampled tokens scored on 4 text tokens.
 The mixing head is not zero, so that rewards differ and policy rows meet the head.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,6 +27,7 @@ from qstar.config import QuietStarConfig
 from qstar.cpu import keep_freed_memory
 from qstar.learning import Objective
 from qstar.wrapping import attach
+from qstar_kernels import cpu_products, explain
 
 LENGTHS = [128, 256]
 THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES = 9, 4, 2
@@ -69,7 +73,13 @@ def masked_step(model: PreTrainedModel, tokens: Tensor) -> None:
     masked_objective(model, tokens).backward()
 
 
-STEPS = {"qstar": our_step, "sdpa": masked_step}
+def our_step_by_torch(model: PreTrainedModel, tokens: Tensor) -> None:
+    with cpu_products("torch"):
+        our_step(model, tokens)
+
+
+STEPS = {"masked": masked_step, "torch": our_step_by_torch, "ours": our_step}
+ATTENTION = {"masked": "sdpa", "torch": "qstar", "ours": "qstar"}
 
 
 def useful_flops(model: PreTrainedModel, length: int) -> float:
@@ -95,17 +105,17 @@ def useful_flops(model: PreTrainedModel, length: int) -> float:
     return 3 * (packed + mixing + head * scored) + thinking + head * thought_rows
 
 
-def _report_peak(attention: str, length: int, queue: multiprocessing.Queue) -> None:
-    STEPS[attention](make_model(attention), texts(length))
+def _report_peak(name: str, length: int, queue: multiprocessing.Queue) -> None:
+    STEPS[name](make_model(ATTENTION[name]), texts(length))
     status = Path("/proc/self/status").read_text()  # unlike ru_maxrss, not inherited from the process that started this
     queue.put(int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024)
 
 
-def peak_memory(attention: str, length: int) -> int:
+def peak_memory(name: str, length: int) -> int:
     """Peak resident memory in bytes of a process, Python included, that does nothing but one step. Linux."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_report_peak, args=(attention, length, queue))
+    process = context.Process(target=_report_peak, args=(name, length, queue))
     process.start()
     peak = queue.get(timeout=600)
     process.join()
@@ -118,12 +128,13 @@ def seconds(step, *arguments) -> float:
     return perf_counter() - began
 
 
-def paired_ratios(length: int, rounds: int) -> list[tuple[float, float]]:
-    """Seconds of the masked path and of ours, taken in turn."""
-    models = {name: make_model(name) for name in STEPS}
+def in_turn(length: int, rounds: int) -> list[tuple[float, ...]]:
+    """Seconds of the ``STEPS``, taken in turn."""
+    models = {name: make_model(ATTENTION[name]) for name in STEPS}
     tokens = texts(length)
-    our_step(models["qstar"], tokens)
-    return [tuple(seconds(STEPS[name], models[name], tokens) for name in ("sdpa", "qstar")) for _ in range(rounds)]
+    for name in ("torch", "ours"):
+        STEPS[name](models[name], tokens)
+    return [tuple(seconds(step, models[name], tokens) for name, step in STEPS.items()) for _ in range(rounds)]
 
 
 def check_agreement() -> None:
@@ -147,12 +158,14 @@ def check_agreement() -> None:
 def test_training_step(benchmark, length):
     check_agreement()
     model = make_model("qstar")
-    pairs = paired_ratios(length, rounds=3)
-    benchmark.extra_info["ratio_to_masked_path"] = median(masked / ours for masked, ours in pairs)
-    benchmark.extra_info["masked_path_seconds"] = median(masked for masked, _ in pairs)
+    turns = in_turn(length, rounds=3)
+    benchmark.extra_info["ratio_to_masked_path"] = median(masked / ours for masked, _, ours in turns)
+    benchmark.extra_info["ratio_to_torch_products"] = median(by_torch / ours for _, by_torch, ours in turns)
+    benchmark.extra_info["masked_path_seconds"] = median(masked for masked, *_ in turns)
+    benchmark.extra_info["products"] = next(str(each) for each in explain("cpu") if each.op == "linear")
     benchmark.extra_info["useful_gflop"] = useful_flops(model, length) / 1e9
-    benchmark.extra_info["peak_memory_gb"] = peak_memory("qstar", length) / 1e9
-    benchmark.extra_info["masked_path_peak_memory_gb"] = peak_memory("sdpa", length) / 1e9
+    benchmark.extra_info["peak_memory_gb"] = peak_memory("ours", length) / 1e9
+    benchmark.extra_info["masked_path_peak_memory_gb"] = peak_memory("masked", length) / 1e9
     benchmark.pedantic(partial(our_step, model, texts(length)), rounds=3, warmup_rounds=1)
 
 
@@ -164,15 +177,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     check_agreement()
+    print(*(each for each in explain("cpu") if each.op == "linear"))
     for length in options.lengths:
-        pairs = paired_ratios(length, options.rounds)
-        masked, ours = (median(column) for column in zip(*pairs, strict=True))
-        ratio = median(masked / ours for masked, ours in pairs)
-        memory = [peak_memory(name, length) / 1e9 for name in ("sdpa", "qstar")]
+        turns = in_turn(length, options.rounds)
+        masked, by_torch, ours = (median(column) for column in zip(*turns, strict=True))
+        memory = [peak_memory(name, length) / 1e9 for name in ("masked", "ours")]
         print(
-            f"N {length}: masked path {masked:.2f} s, {memory[0]:.2f} GB; ours {ours:.2f} s, {memory[1]:.2f} GB; "
-            f"{ratio:.1f}x faster"
+            f"N {length}: masked path {masked:.2f} s, {memory[0]:.2f} GB; ours {ours:.2f} s, {memory[1]:.2f} GB, "
+            f"by torch's products {by_torch:.2f} s; ours is {spread(turn[0] / turn[2] for turn in turns)} as fast as "
+            f"the masked path, and {spread(turn[1] / turn[2] for turn in turns)} as fast as by torch's products"
         )
+
+
+def spread(ratios: Iterable[float]) -> str:
+    """Their median, least and largest."""
+    ordered = sorted(ratios)
+    return f"{median(ordered):.2f}x ({ordered[0]:.2f} to {ordered[-1]:.2f})"
 
 
 if __name__ == "__main__":

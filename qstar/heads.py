@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qstar_kernels import linear_log_prob, linear_log_prob_sum, mix_hidden, sample_linear
+from qstar_kernels import faster_linear, linear, linear_log_prob, linear_log_prob_sum, mix_hidden, sample_linear
 
 
 class MixingHead(nn.Module):
@@ -32,10 +32,11 @@ class MixingHead(nn.Module):
         The first layer is linear in both states: its part on the base is computed once per text position.
         """
         width = base.shape[-1]
-        from_base = F.linear(base, self.input.weight[:, :width], self.input.bias)
-        from_thought = F.linear(thought, self.input.weight[:, width:])
-        shared = F.embedding(base_index, from_base)  # whose backward adds in one order, as that of an index does not
-        return F.relu(self.hidden(F.relu(shared + from_thought)))
+        with faster_linear(thought):
+            from_base = F.linear(base, self.input.weight[:, :width], self.input.bias)
+            from_thought = F.linear(thought, self.input.weight[:, width:])
+            shared = F.embedding(base_index, from_base)  # whose backward adds in one order, unlike that of an index
+            return F.relu(self.hidden(F.relu(shared + from_thought)))
 
     def forward(
         self, base: Tensor, thought: Tensor, base_index: Tensor, sigmoid: bool = False
@@ -95,7 +96,7 @@ class LanguageHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]``, at least fp32, of hidden ``[..., E]``; those of thought tokens are ``-inf``."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        z = F.linear(hidden.to(self._drawing_weight.dtype), self._drawing_weight).to(wide)
+        z = linear(hidden.to(self._drawing_weight.dtype), self._drawing_weight).to(wide)
         z = (z if self.bias is None else z + self.bias) * self.logit_scale
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)

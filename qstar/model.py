@@ -26,6 +26,7 @@ from qstar.autocast import compute_dtype
 from qstar.config import CONFIG_FILE, QuietStarConfig
 from qstar.grid import ThoughtGrid
 from qstar.heads import LanguageHead, MixingHead
+from qstar_kernels import faster_linear
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -131,9 +132,10 @@ class QuietStarModel(_Decoder):
             )
         # Without a mask, transformers would look for packed documents in the positions, and wait for the device.
         everything = torch.ones_like(tokens, dtype=torch.bool)
-        with layouts.layout(layout):
+        states = self.embed(tokens)
+        with layouts.layout(layout), faster_linear(states):
             output = self.base_model(
-                inputs_embeds=self.embed(tokens),
+                inputs_embeds=states,
                 attention_mask=everything,
                 position_ids=position_ids,
                 use_cache=False,

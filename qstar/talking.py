@@ -20,6 +20,7 @@ from qstar.grid import IGNORED, Counts, Text, ThoughtGrid
 from qstar.layouts import Packed, Part
 from qstar.model import QuietStarModel
 from qstar.thinking import Reading, advance, evaluating
+from qstar_kernels import cpu_products, current_cpu_products
 
 
 @dataclass
@@ -79,8 +80,10 @@ def read_grid(
     def read_part(start: int) -> Tensor:
         here = slice(start, min(start + size, grid.positions))
         layout = Part(kept, here.stop, grid.rationales, grid.rationale_length, start=text.start)
-        return model.read(grid.part(tokens, here), grid.part(positions, here), layout)
+        with cpu_products(library):
+            return model.read(grid.part(tokens, here), grid.part(positions, here), layout)
 
+    library = current_cpu_products()  # the backward must compute a part as the forward did
     size = max(max_tokens // (len(tokens) * (grid.slots - 1)), 1)
     parts = [checkpoint(read_part, start, use_reentrant=False) for start in range(0, grid.positions, size)]
     after = rearrange(torch.cat(parts, dim=1), "b (n s) e -> b n s e", n=grid.positions)

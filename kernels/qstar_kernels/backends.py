@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qstar_kernels import products
 from qstar_kernels.common.notices import warn_once
 
 NAMES = ("auto", "reference", "torch", "triton")
@@ -81,7 +82,7 @@ class Choice:
 
     Attributes:
         op: the name of the public function.
-        backend: ``"torch"`` or ``"triton"``.
+        backend: ``"torch"`` or ``"triton"``; of ``linear`` on a CPU ``"torch"`` or ``"onednn"``.
         reason: in one sentence.
         kernels: the language of the Triton backend's kernels: ``"triton"``, or ``"gluon"`` where the table of tiles
             asks for some in it; calls that those do not serve go to the ones in Triton. None for torch.
@@ -131,6 +132,8 @@ def explain(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float
         decision = decide(op, "auto", dict.fromkeys(kernels.arguments, Facts(device, dtype, (width,))))
         notes = describe(kernels, device, dtype, width) if decision.backend == "triton" else (None, None)
         choices.append(Choice(op, decision.backend, decision.reason, *notes))
+    if not is_gpu(device):  # which has one library
+        choices.append(Choice("linear", *products.describe(device, dtype)))
     return choices
 
 

@@ -131,6 +131,12 @@ def thought_attention_part(
     return torch.stack(steps, dim=4) if steps else q.new_empty(*q.shape[:-1], v_text.shape[-1])
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., k], weight [n, k], bias [n] -> x W^T + bias [..., n]."""
+    z = (x[..., None, :] * weight).sum(-1)
+    return z if bias is None else z + bias
+
+
 def mix_hidden(
     base: Tensor,
     thought: Tensor,

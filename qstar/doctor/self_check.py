@@ -68,6 +68,7 @@ def op_inputs(device: torch.device) -> dict[str, Inputs]:
         "linear_log_prob": Inputs((hidden, weight), (targets,)),
         "linear_log_prob_sum": Inputs((hidden, weight), (targets, states(13))),
         "sample_linear": Inputs((hidden, weight), options=dict(seed=7)),
+        "linear": Inputs((states(131, 192), states(192, 192), states(192))),
     }
 
 

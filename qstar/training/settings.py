@@ -17,6 +17,7 @@ from qstar.learning import BASELINES, Objective
 from qstar.training.finite import POLICIES
 from qstar.training.lora import LoraSettings
 from qstar.training.parallelism import check_launch
+from qstar_kernels import CPU_LIBRARIES
 
 _OURS = "the losses and the evaluation are Quiet-STaR's own, which have no use for it"
 IGNORED_ARGUMENTS = {
@@ -123,6 +124,11 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
         "inspections/; 0 for never.",
     )
     inspect_tokens: int = setting(UNSEEN["inspect_tokens"], "Tokens of the texts that are inspected, at most.")
+    cpu_products: str = setting(
+        "auto",
+        "Library of float32 products on a CPU: onednn where that was measured to be faster, or always torch's own.",
+        choices=list(CPU_LIBRARIES),
+    )
     curves: bool = setting(True, "Draw curves of what was logged into curves.png at the end; needs matplotlib.")
 
     def __post_init__(self) -> None:
@@ -170,6 +176,8 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
             raise ValueError(f"on_nonfinite is {self.on_nonfinite!r}, but it must be one of {', '.join(POLICIES)}")
         if self.inspect_tokens != UNSEEN["inspect_tokens"] and not self.inspect_steps:
             raise ValueError(f"inspect_tokens is {self.inspect_tokens}, but nothing is inspected: give inspect_steps")
+        if self.cpu_products not in CPU_LIBRARIES:
+            raise ValueError(f"cpu_products is {self.cpu_products!r}, but it must be one of {', '.join(CPU_LIBRARIES)}")
         self.check_data()
         self.check_lora()
         if self.thought_temperature < 0:

@@ -40,6 +40,7 @@ from qstar.training.settings import QuietStarArguments
 from qstar.training.sharding import in_step
 from qstar.training.thought_statistics import ThoughtStatistics
 from qstar.training.thought_table import score, thought_rows, write_table
+from qstar_kernels import cpu_products
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,8 @@ class QuietStarTrainer(CheckpointTrainer):
         thoughts = self.thinking_model.qstar
         sizes = {name: getattr(thoughts, name) for name in SIZES}
         grid, at_once = ThoughtGrid(self.args.seq_length, **sizes), self.objective.max_grid_tokens
-        with explained(lambda: training_advice(self.args, grid, at_once)):
+        advice = explained(lambda: training_advice(self.args, grid, at_once))
+        with advice, cpu_products(self.args.cpu_products):
             return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -385,7 +387,8 @@ class QuietStarTrainer(CheckpointTrainer):
         batches = self.get_eval_dataloader(eval_dataset)
         if self.is_sharded:
             batches = in_step(batches, self.accelerator)
-        with explained(lambda: evaluation_advice(self.args)), self.accelerator.autocast():
+        advice = explained(lambda: evaluation_advice(self.args))
+        with advice, cpu_products(self.args.cpu_products), self.accelerator.autocast():
             result = evaluate_rows(self.thinking_model, batches, total=cast(Any, self.accelerator.reduce))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.summary().items()}
         metrics[f"{metric_key_prefix}_loss"] = (result.nll_base + result.nll_talk) / 2

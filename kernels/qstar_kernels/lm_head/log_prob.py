@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qstar_kernels import reference
+from qstar_kernels import products, reference
 from qstar_kernels.backends import choose
 from qstar_kernels.common.arguments import check_alike, check_integer, check_number, check_tensor
 from qstar_kernels.common.autocast import without_autocast
@@ -89,6 +89,7 @@ class _LinearLogProb(torch.autograd.Function):
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(hidden, weight, bias, targets, forbidden, entropy)
             ctx.ignore_index, ctx.backend, ctx.head_options = ignore_index, backend, head_options
+            ctx.cpu_products = products.current_cpu_products()
         return (log_prob, entropy) if want_entropy else log_prob
 
     @staticmethod
@@ -103,9 +104,10 @@ class _LinearLogProb(torch.autograd.Function):
         rows = (wanted & (targets != ctx.ignore_index)).nonzero().squeeze(1)
         head = make_rows(ctx.backend, weight, bias, forbidden, *ctx.head_options)
         needs = ctx.needs_input_grad[:3]
-        grads = differentiate(
-            hidden, head, rows, targets, d_log_prob, needs, hidden.dtype, d_entropy=d_entropy, entropy=entropy
-        )
+        with products.cpu_products(ctx.cpu_products):
+            grads = differentiate(
+                hidden, head, rows, targets, d_log_prob, needs, hidden.dtype, d_entropy=d_entropy, entropy=entropy
+            )
         inputs = zip(grads, (hidden, weight, bias), strict=True)
         return *(None if grad is None else grad.to(x.dtype) for grad, x in inputs), *(None,) * 8
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from qstar_kernels import products
 from qstar_kernels.common.arguments import check_alike, check_number, check_tensor
 
 CPU_CHUNK_ELEMENTS = 2**24  # 64 MB in fp32: at V = 50k still 340 rows, below which the products slow down
@@ -52,6 +53,11 @@ def split(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """``out = beta out + alpha a b`` in place, accumulated in the dtype of ``out``."""
+    if products.goes_to_onednn(a, b.T):
+        added = products.multiply(a, b.T)
+        if beta == 0:
+            return torch.mul(added, alpha, out=out)
+        return (out if beta == 1 else out.mul_(beta)).add_(added, alpha=alpha)
     if a.dtype == out.dtype:
         return out.addmm_(a, b, beta=beta, alpha=alpha)
     return torch.addmm(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
@@ -59,6 +65,8 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a b`` in ``dtype``, rounded once."""
+    if products.goes_to_onednn(a, b.T):
+        return products.multiply(a, b.T).to(dtype)
     return torch.mm(a, b, out_dtype=dtype) if dtype.itemsize > a.dtype.itemsize else (a @ b).to(dtype)
 
 

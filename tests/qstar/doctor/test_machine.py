@@ -60,7 +60,7 @@ def test_a_machine_on_which_torch_finds_no_gpu(build, driver, visible, apple, st
 def test_the_backends_are_those_that_the_ops_explain():
     found = {each.what: each.found for each in backend_findings()}
     assert found == {each.op: f"{each.backend} ({each.reason})" for each in qstar_kernels.explain("cpu")}
-    assert len(found) == 7 and {each.state for each in backend_findings()} == {"ok"}
+    assert len(found) == 8 and {each.state for each in backend_findings()} == {"ok"}
 
 
 def test_a_gpu_without_kernels_is_a_note_and_with_broken_ones_a_problem(monkeypatch):

@@ -22,6 +22,7 @@ from qstar.doctor.self_check import (
     worst_error,
 )
 from qstar.learning import Objective
+from qstar_kernels import backends
 
 CPU = torch.device("cpu")
 
@@ -132,7 +133,7 @@ def test_the_check_leaves_the_process_as_it_was():
     assert reference.objective is self_check.reference.objective
 
 
-@pytest.mark.parametrize("name", op_inputs(CPU))
+@pytest.mark.parametrize("name", backends.OPS)
 def test_the_kernels_of_a_gpu_take_the_inputs_and_pass(name):
     """In Triton's interpreter where there is no GPU."""
     op, given = getattr(qstar_kernels, name), op_inputs(best_device())[name]
