@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ COMMANDS = {
     "compare": "Quiet-STaR beside direct answers, chain of thought, pause tokens and STaR, on the built-in task",
     "doctor": "whether all is well here: versions, devices, backends, and a check of itself",
 }
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how OpenMP's threads wait: read once, as torch is imported
+SPINS = "1000"
 USAGE = f"""usage: qstar [-h] [--traceback] {{{",".join(COMMANDS)}}} ...
 
 Teach a language model to think before it speaks (Quiet-STaR).
@@ -41,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"{USAGE}\nqstar: unknown command {command!r}", file=sys.stderr)
         return 2
+    wait_briefly()
     try:
         code = importlib.import_module(f"qstar.commands.{command}").run(rest)
     except (OSError, TypeError, ValueError, FloatingPointError, MemoryError) as error:
@@ -49,3 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qstar {command}: {error}", file=sys.stderr)
         return 1
     return code or 0
+
+
+def wait_briefly() -> None:
+    """Let threads that wait for each other soon give their cores away; what a user has set stays.
+
+    By default GNU's OpenMP spins for milliseconds. On a machine that nobody else uses the time is the same; beside one
+    process that keeps a core busy, two threads on two cores took more than ten times as long when they spun.
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ["GOMP_SPINCOUNT"] = SPINS

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from qstar import evaluate, load
-from qstar.commands.main import COMMANDS, main
+from qstar.commands.main import COMMANDS, WAITING, main
 from qstar.config import ThoughtSettings
 from qstar.training.settings import QuietStarArguments, RunSettings
 from qstar.training.trainer import QuietStarTrainer
@@ -178,3 +180,22 @@ def test_the_help_comes_at_once():
     code = "import sys; from qstar.commands.main import main; main(['--help']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has another OpenMP elsewhere")
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["by-default", "spins-given", "policy-given"],
+)
+def test_threads_that_wait_spin_shortly_unless_told_otherwise(given, spins):
+    """As OpenMP itself says, which reads it when torch is imported."""
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    environment |= given | {"OMP_DISPLAY_ENV": "verbose"}
+    command = [sys.executable, "-m", "qstar", "merge", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    if not found:
+        pytest.skip("this PyTorch has another OpenMP than GNU's")
+    assert done.returncode == 0
+    assert set(found) == {spins} if spins is not None else "1000" not in found
