@@ -47,7 +47,7 @@ def rows_of_products(watch: StorageWatch, width: int, vocabulary: int) -> dict[s
             rows["logits"].append(left)
         elif (inner, right) == (vocabulary, width):
             rows["gradient of the states"].append(left)
-        elif (left, right) == (vocabulary, width):
+        elif {left, right} == {vocabulary, width}:  # or its transpose
             rows["gradient of the weight"].append(inner)
     return rows
 

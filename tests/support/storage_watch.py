@@ -27,6 +27,9 @@ class StorageWatch(TorchDispatchMode):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             left, right = tensors[-2:]
             self.products.append((*left.shape, right.shape[1]))
+        elif func.overloadpacket is torch.ops.mkldnn._linear_pointwise:  # of oneDNN, which some CPUs take
+            left, right = tensors[:2]
+            self.products.append((*left.shape, right.shape[0]))
         for tensor in tree_leaves(out):
             storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
             if storage is not None and storage._cdata not in before:
