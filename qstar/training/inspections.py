@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from qstar.data import AnyDataset
+from qstar.grid import IGNORED
 from qstar.inspection.data import Inspection
 from qstar.inspection.history import Snapshot, history_page, snapshot
 from qstar.inspection.page import page
@@ -40,16 +41,26 @@ class HeldOut:
     def of(cls, rows: Iterable[dict[str, list[int]]], most: int) -> HeldOut:
         """The documents in packed rows, from the first on, as many as have at most ``most`` tokens in all.
 
-        What a document has in another row is one of its own, as in training. The first one is cut to ``most`` tokens.
+        What a document has in another row is one of its own, as in training. One that is longer than ``most`` is cut.
+        Those in which nothing is to be predicted are left out.
+
+        Raises:
+            ValueError: nothing is to be predicted.
         """
         found: list[Tokens] = []
-        left = most
-        for document in _documents(rows):
-            if len(document.ids) > left:
-                return cls(found or [Tokens(document.ids[:left], document.labels[:left])], cut=True)
-            found.append(document)
-            left -= len(document.ids)
-        return cls(found, cut=False)
+        left, cut = most, False
+        for ids, labels in _documents(rows):
+            if found and len(ids) > left:
+                cut = True
+                break
+            if any(label != IGNORED for label in labels[1:left]):
+                found.append(Tokens(ids[:left], labels[:left]))
+                left -= len(ids)
+        if not found:
+            raise ValueError(
+                f"inspect_tokens is {most}, but no text of eval_dataset has a token to predict within so many"
+            )
+        return cls(found, cut=cut or left < 0)
 
 
 class InspectSteps(TrainerCallback):
@@ -62,7 +73,7 @@ class InspectSteps(TrainerCallback):
         args: of the run.
 
     Raises:
-        ValueError: there are no rows, or there is no tokenizer.
+        ValueError: there are no rows, or nothing is to be predicted in them; there is no tokenizer.
     """
 
     def __init__(
@@ -158,5 +169,4 @@ def _documents(rows: Iterable[dict[str, list[int]]]) -> Iterator[Tokens]:
         ids, labels = list(row["input_ids"]), list(row.get("labels", row["input_ids"]))
         begins = [at for at, place in enumerate(row["position_ids"]) if place == 0]
         for begin, end in zip(begins, [*begins[1:], len(ids)], strict=True):
-            if end - begin > 1:
-                yield Tokens(ids[begin:end], labels[begin:end])
+            yield Tokens(ids[begin:end], labels[begin:end])

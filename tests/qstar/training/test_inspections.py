@@ -143,6 +143,15 @@ def test_as_many_documents_are_taken_as_have_so_many_tokens(most):
     assert found.cut == (most < 18)
 
 
+def test_documents_in_which_nothing_is_predicted_are_left_out():
+    """As questions of a chat that are longer than what is inspected: the run would not know them again."""
+    ids, none = list(range(6)), [-100] * 6
+    row = dict(input_ids=ids * 3, position_ids=ids * 3, labels=[*none, *none[:5], 5, 0, *none[:5]])
+    assert HeldOut.of([row], 12) == HeldOut([Tokens(ids, [*none[:5], 5])], cut=False)
+    with pytest.raises(ValueError, match="inspect_tokens is 4, but no text of eval_dataset has a token to predict"):
+        HeldOut.of([row], 4)
+
+
 def test_what_is_not_to_be_predicted_has_no_gain(tmp_path):
     """Of a chat the answers alone, as in training and evaluation."""
     rows = unequal_rows()
