@@ -31,10 +31,11 @@ from qstar_kernels import cpu_products, explain
 
 LENGTHS = [128, 256]
 THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES = 9, 4, 2
+SIZES = dict(thought_tokens=THOUGHT_TOKENS, ahead_tokens=AHEAD_TOKENS, rationales=RATIONALES)
 
 
-def make_model(attention: str) -> PreTrainedModel:
-    """The model of the comparison; the same weights whatever its attention."""
+def make_model(attention: str, **changes: int) -> PreTrainedModel:
+    """The model of the comparison, the same weights whatever its attention; ``changes`` to ``SIZES``."""
     keep_freed_memory()  # as qstar.train does
     torch.manual_seed(0)
     config = MistralConfig(
@@ -48,8 +49,7 @@ def make_model(attention: str) -> PreTrainedModel:
         max_position_embeddings=4096,
     )
     model = MistralForCausalLM(config)
-    sizes = dict(thought_tokens=THOUGHT_TOKENS, ahead_tokens=AHEAD_TOKENS, rationales=RATIONALES)
-    attach(model, QuietStarConfig(start_token_id=4094, end_token_id=4095, **sizes))
+    attach(model, QuietStarConfig(start_token_id=4094, end_token_id=4095, **(SIZES | changes)))
     with torch.no_grad():
         model.qstar_start.normal_(0, 0.02)
         model.qstar_end.normal_(0, 0.02)
@@ -128,9 +128,9 @@ def seconds(step, *arguments) -> float:
     return perf_counter() - began
 
 
-def in_turn(length: int, rounds: int) -> list[tuple[float, ...]]:
+def in_turn(length: int, rounds: int, **changes: int) -> list[tuple[float, ...]]:
     """Seconds of the ``STEPS``, taken in turn."""
-    models = {name: make_model(ATTENTION[name]) for name in STEPS}
+    models = {name: make_model(ATTENTION[name], **changes) for name in STEPS}
     tokens = texts(length)
     for name in ("torch", "ours"):
         STEPS[name](models[name], tokens)

@@ -4,7 +4,8 @@ python -m lab.plot_results results [--format png] [--out FOLDER]
 
 - thought_attention: time against N, every contender a line, and the bound;
 - lm_head: time, its ratio to the bare products, and the memory that a call takes beyond its inputs and results;
-- llama_step: what a training step is made of, its share of the bound, and text tokens a second.
+- llama_step: what a training step is made of, its share of the bound, and text tokens a second;
+- training_step: time of a small step on a CPU against N, r, K and m.
 """
 
 from __future__ import annotations
@@ -166,10 +167,47 @@ def draw_step(pyplot, results: dict):
     return figure
 
 
+# A small training step on a CPU
+
+AXES = {
+    "positions": "N, text positions",
+    "rationales": "r, thoughts at a position",
+    "thought_tokens": "K, tokens in a thought",
+    "ahead_tokens": "m, tokens that it is scored on",
+}
+
+
+def draw_growth(pyplot, results: dict):
+    cases = results["cases"]
+    names = [name for name in AXES if any(case["varied"] == name for case in cases)]
+    size = 3.2 * len(names), 4
+    figure, [panels] = pyplot.subplots(1, len(names), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    styles = styles_of(contenders_of(cases))
+    for axes, name in zip(panels, names, strict=True):
+        here = [case for case in cases if case["varied"] == name]
+        values = [case["value"] for case in here]
+        for contender, style in styles.items():
+            look = dict(label=style.label, color=style.colour, marker=style.marker, linestyle=style.line)
+            axes.plot(values, [case["contenders"][contender]["ms"] / 1e3 for case in here], **look, markersize=5)
+        axes.set(xscale="log", yscale="log", xlabel=AXES[name])
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(visible=True, color="#dddddd", linewidth=0.6)
+    panels[0].set_ylabel("seconds")
+    usual = ", ".join(f"{AXES[name].split(',')[0]} = {value}" for name, value in results["usual"].items())
+    device, versions = results["device"]["name"], results["versions"]
+    title = f"A small training step, {usual} where they do not change\n{device}, torch {versions['torch']}"
+    figure.suptitle(f"{title}, {results['date'][:10]}", fontsize=10)
+    add_legend(figure, panels, columns=3)
+    return figure
+
+
 FIGURES: dict[str, Callable] = {  # by the name of the benchmark
     "thought_attention": draw_attention,
     "lm_head": draw_head,
     "llama_step": draw_step,
+    "training_step": draw_growth,
 }
 
 

@@ -42,6 +42,8 @@ STYLES = {  # by name in the results; contenders of different benchmarks never m
     "multinomial": Style("all logits, multinomial", "#332288", "*"),
     "gumbel": Style("all logits, Gumbel noise", "#999999", "+"),
     "products": Style("products alone", "#555555", "|"),
+    "masked": Style("the masked path", "#000000", "x"),
+    "torch": Style("ours, torch's own products", "#e69f00", "s"),
     "step_by_step": Style("step by step, masked", "#000000", "x"),
 }
 OTHER_COLOURS = ("#882255", "#999933", "#aa4499", "#661100")

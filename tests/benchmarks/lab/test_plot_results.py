@@ -129,6 +129,29 @@ def test_draw_a_training_step_in_its_phases(pyplot):
     assert [*speed["ours new"].get_xdata()] == [1200.0]
 
 
+def test_draw_how_a_step_grows(pyplot):
+    def case(varied: str, value: int, *ms: float) -> dict:
+        contenders = dict(zip(("masked", "torch", "ours"), ({"ms": each} for each in ms), strict=True))
+        return {"varied": varied, "value": value, "contenders": contenders}
+
+    cases = [case("positions", 64, 900.0, 500.0, 300.0), case("positions", 128, 2000.0, 900.0, 600.0)]
+    cases += [case("thought_tokens", 4, 700.0, 400.0, 250.0)]
+    results = {
+        "benchmark": "training_step",
+        "device": {"name": "some CPU"},
+        "versions": {"torch": "2"},
+        "date": "2000-01-01",
+        "usual": {"positions": 128, "thought_tokens": 9},
+        "cases": cases,
+    }
+    figure = plot_results.draw_growth(pyplot, results)
+    by_length, by_tokens = (lines(axes) for axes in figure.axes)
+    assert [*by_length["ours"].get_xdata()] == [64, 128] and [*by_length["ours"].get_ydata()] == [0.3, 0.6]
+    assert [*by_length["the masked path"].get_ydata()] == [0.9, 2.0]
+    assert [*by_tokens["ours, torch's own products"].get_ydata()] == [0.4]
+    assert "N = 128, K = 9 where they do not change" in figure.get_suptitle()
+
+
 def test_the_same_results_give_the_same_file(pyplot, tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
