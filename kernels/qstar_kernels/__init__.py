@@ -2,7 +2,7 @@
 
 Thought attention (every thought token sees its own prefix of the text and its own earlier thought
 tokens), the interpolation of the mixing head, and the language-model head (log-probabilities and
-sampling) without ever holding all logits. Each op takes ``backend="auto" | "reference" | "torch" | "triton"``;
+sampling) without ever holding all logits. Each of these takes ``backend="auto" | "reference" | "torch" | "triton"``;
 :func:`explain` says what ``"auto"`` is on a device, and why. Float32 products on a CPU go to the faster of
 PyTorch's own libraries, those of linear layers inside :func:`faster_linear`; :func:`cpu_products` turns it off.
 """

@@ -138,6 +138,7 @@ def is_ordinary(*tensors: Tensor) -> bool:
         all(type(x) in ORDINARY and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
         and all(x.layout == torch.strided for x in tensors)
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and torch.backends.mkldnn.enabled
@@ -158,6 +159,8 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         return multiply(b, a).t()  # the operator copies a first factor that is transposed: let it be the smaller one
     if not (b.is_contiguous() or b.t().is_contiguous()):
         b = b.contiguous()  # other strides would go to its reference implementation, a thousand times slower
+    if bias is not None:
+        bias = bias.contiguous()  # it is read as if it were
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
@@ -190,6 +193,8 @@ class _Linear(torch.autograd.Function):
 
 def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """:func:`linear` of what it takes to be there."""
+    if not x.numel() or not weight.numel():
+        return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     learned = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, weight, bias))
     out = _Linear.apply(rows, weight, bias) if learned else multiply(rows, weight, bias)

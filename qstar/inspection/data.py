@@ -62,7 +62,7 @@ class Rationale:
     Attributes:
         tokens: text of the K sampled tokens; ``""`` for a token that ends within a character.
         token_ids: of them.
-        log_probs: of them, where they were sampled, at temperature 1.
+        log_probs: of them, where they were sampled, at temperature 1; 0 of pauses, which nothing samples.
         entropy: of the distributions that they were sampled from, at temperature 1: the mean over them, nats.
         weight: of the thought in the prediction of the next token.
         talk_log_prob: of the m tokens ahead, after the thought.

@@ -88,15 +88,20 @@ def _ticks(low: float, high: float) -> list[float]:
     span = high - low or 1.0
     size = 10.0 ** floor(log10(span / TICKS))
     size = next(size * factor for factor in (1, 2, 5, 10) if span / (size * factor) <= TICKS)
-    ticks = [number * size for number in range(-TICKS - 1, TICKS + 2) if low <= number * size <= high]
+    slack = 1e-9 * size  # of three times a tenth
+    ticks = [number * size for number in range(-TICKS - 1, TICKS + 2) if low - slack <= number * size <= high + slack]
     return [float(f"{value:.12g}") for value in (ticks if len(ticks) > 1 else [0.0, size])]
 
 
 def _spread(places: Sequence[float]) -> list[float]:
-    """Places of names, at least ``LABEL`` apart, in the order of the curves' ends."""
+    """Places of names, at least ``LABEL`` apart and inside the picture, in the order of the curves' ends."""
     order = sorted(range(len(places)), key=lambda number: places[number])
     spread, least = [0.0] * len(places), TOP + 0.0
     for number in order:
         spread[number] = max(places[number], least)
         least = spread[number] + LABEL
+    most = BOTTOM + LABEL + 0.0
+    for number in reversed(order):
+        spread[number] = min(spread[number], most)
+        most = spread[number] - LABEL
     return spread

@@ -45,7 +45,7 @@ class Found(NamedTuple):
     Attributes:
         targets: ``[N, m]`` int64, ``IGNORED`` where nothing is predicted.
         thoughts: ``[N, r, K]`` int64.
-        policy: log-probabilities of their tokens, ``[N, r, K]``.
+        policy: log-probabilities of their tokens, ``[N, r, K]``; 0 where the model pauses in the place of thinking.
         entropy: of the distributions that these were sampled from, ``[N, r, K]``.
         base: log-probabilities of the targets without thoughts, ``[N, m]``.
         talk: after them, ``[N, r, m]``.
@@ -125,20 +125,23 @@ def _found(row: Sequence[Part], settings: InspectionSettings, model: QuietStarMo
     )
     states = mixed_states(model, text, grid, thoughts, settings.max_grid_tokens)
     spoken = score_states(model, text, grid, states)
-    for part, without, after in zip(row, _split(spoken.log_base[0], row), _split(spoken.log_talk[0], row), strict=True):
-        if not (without.isfinite().all() and after.isfinite().all()):
-            raise FloatingPointError(
-                f"log-probabilities of text {part.document + 1} are not finite: such a model cannot be inspected"
-            )
+    if not (spoken.log_base.isfinite().all() and spoken.log_talk.isfinite().all()):
+        first, last = row[0].document + 1, row[-1].document + 1
+        which = f"text {first}" if first == last else f"one of the texts {first} to {last}, which are read together,"
+        raise FloatingPointError(f"log-probabilities of {which} are not finite: such a model cannot be inspected")
     head = model.language_head()
-    policy = states.policy[0].flatten(0, 2)
-    ahead = grid.ahead_positions(policy.device)
+    policy, entropy = torch.zeros(thoughts[0].shape), torch.zeros(thoughts[0].shape)
+    if not model.qstar.pauses:  # else nothing was sampled
+        rows = states.policy[0].flatten(0, 2)
+        policy = head.log_prob(rows, thoughts.flatten()).view_as(thoughts[0]).cpu()
+        entropy = _entropy(head, rows).view_as(thoughts[0]).cpu()
+    ahead = grid.ahead_positions(thoughts.device)
     before, after = (_likeliest(head, each) for each in (states.base[0], states.mixed[0, :, 0, 0]))
     return Found(
         targets=spoken.targets[0].cpu(),
         thoughts=thoughts[0].cpu(),
-        policy=head.log_prob(policy, thoughts.flatten()).view_as(thoughts[0]).cpu(),
-        entropy=_entropy(head, policy).view_as(thoughts[0]).cpu(),
+        policy=policy,
+        entropy=entropy,
         base=spoken.log_base[0, ahead].cpu(),
         talk=spoken.log_talk[0].cpu(),
         weight=spoken.weight[0, ..., 0].cpu(),

@@ -64,7 +64,7 @@ class HeldOut:
 
 
 class InspectSteps(TrainerCallback):
-    """Has the first held-out texts be inspected before the first step, after every so many, and after the last.
+    """Has the first held-out texts be inspected before the first step, after every so many, and after ``max_steps``.
 
     Args:
         inspect: what does so; all processes call it, with the number of updates and the texts.
@@ -86,6 +86,8 @@ class InspectSteps(TrainerCallback):
         for name, value in (("eval_dataset", rows), ("processing_class", tokenizer)):
             if value is None:
                 raise ValueError(f"inspect_steps is {args.inspect_steps}, but {name} is missing, which that takes")
+        if isinstance(rows, dict) and not rows:
+            raise ValueError(f"inspect_steps is {args.inspect_steps}, but eval_dataset is empty")
         first = next(iter(rows.values())) if isinstance(rows, dict) else rows
         self._inspect, self._every = inspect, args.inspect_steps
         self._held_out = HeldOut.of(cast(Any, first), args.inspect_tokens)
@@ -93,7 +95,7 @@ class InspectSteps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._folder.begin(state.global_step, [each.ids for each in self._held_out.documents])
+            self._folder.begin(state.global_step, self._every, [each.ids for each in self._held_out.documents])
         if state.global_step == 0:
             self._at(state)
 
@@ -116,28 +118,41 @@ class InspectionFolder:
         self.folder, self.index = run / FOLDER, run / INDEX
         self._snapshots: dict[int, Snapshot] = {}
 
-    def begin(self, step: int, documents: list[list[int]]) -> None:
-        """Take up what a run that goes on from ``step`` has inspected up to there; what came after it comes again.
+    def begin(self, step: int, every: int, documents: list[list[int]]) -> None:
+        """Take up what a run that goes on from ``step`` would have inspected by then; all else comes again.
 
         Raises:
-            ValueError: those were other texts than ``documents``.
+            ValueError: those were other texts than ``documents``; a file is not as it was written.
         """
-        self._snapshots = {}
+        self._snapshots, last, gone = {}, None, False
         for path in sorted(self.folder.glob("step-*.json")):
             named = _NAME.fullmatch(path.name)
             if named is None:
                 continue
             number = int(named[1])
-            if number > step:
+            if step and number <= step and number % every == 0:
+                last = self._taken_up(path, number, documents)
+            else:
                 path.unlink()
                 path.with_suffix(".html").unlink(missing_ok=True)
-                continue
-            self._keep(number, Inspection.from_json(path.read_text(encoding="utf-8")))
-            if self._snapshots[number].token_ids != documents:
-                raise ValueError(
-                    f"{path} is of other texts than those that are to be inspected now: give the eval_dataset, the "
-                    "seq_length and the inspect_tokens that the run began with, or move that folder away"
-                )
+                gone = True
+        if last is not None:
+            self._write_index(last)
+        elif gone:
+            self.index.unlink(missing_ok=True)
+
+    def _taken_up(self, path: Path, step: int, documents: list[list[int]]) -> Inspection:
+        try:
+            found = Inspection.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}; remove it, or move that folder away") from error
+        self._keep(step, found)
+        if self._snapshots[step].token_ids != documents:
+            raise ValueError(
+                f"{path} is of other texts than those that are to be inspected now: give the eval_dataset, the "
+                "seq_length and the inspect_tokens that the run began with, or move that folder away"
+            )
+        return found
 
     def add(self, step: int, found: Inspection) -> None:
         """Write what was found after ``step`` updates, its page, and the page of all."""
@@ -146,8 +161,11 @@ class InspectionFolder:
         place = self.folder / _name(step)
         _write(place.with_suffix(".html"), page(found))
         _write(place.with_suffix(".json"), found.to_json())
+        self._write_index(found)
+
+    def _write_index(self, last: Inspection) -> None:
         snapshots = [self._snapshots[each] for each in sorted(self._snapshots)]
-        _write(self.index, history_page(str(self.folder.parent), found, snapshots))
+        _write(self.index, history_page(str(self.folder.parent), last, snapshots))
 
     def _keep(self, step: int, found: Inspection) -> None:
         self._snapshots[step] = snapshot(step, f"{_name(step)}.html", found)
@@ -166,7 +184,8 @@ def _write(path: Path, content: str) -> None:
 
 def _documents(rows: Iterable[dict[str, list[int]]]) -> Iterator[Tokens]:
     for row in rows:
-        ids, labels = list(row["input_ids"]), list(row.get("labels", row["input_ids"]))
-        begins = [at for at, place in enumerate(row["position_ids"]) if place == 0]
+        ids = [int(token) for token in row["input_ids"]]
+        labels = [int(label) for label in row.get("labels", ids)]
+        begins = [at for at, place in enumerate(row.get("position_ids", range(len(ids)))) if place == 0 or at == 0]
         for begin, end in zip(begins, [*begins[1:], len(ids)], strict=True):
             yield Tokens(ids[begin:end], labels[begin:end])

@@ -68,6 +68,15 @@ def training_advice(args: QuietStarArguments, grid: ThoughtGrid, at_once: int | 
     return text + (f" These make others: {'; '.join(other)}." if other else "")
 
 
+def inspection_advice(at_once: int | None) -> str:
+    """What to lower where an inspection, which reads ``at_once`` tokens of a grid at a time, does not fit."""
+    held = "all of a row" if at_once is None else at_once
+    return (
+        f"an inspection does not fit in memory: try a lower max_grid_tokens (now {held}), a lower seq_length or fewer "
+        "rationales; inspect_steps=0 leaves it out"
+    )
+
+
 def evaluation_advice(args: QuietStarArguments) -> str:
     """What to lower where an evaluation does not fit."""
     rows = args.per_device_eval_batch_size

@@ -34,7 +34,7 @@ from qstar.training.card import Sources, model_card, write_card
 from qstar.training.finite import MOST_SKIPPED, not_finite, not_finite_before_a_thought, what_to_try
 from qstar.training.hub import push_checkpoint
 from qstar.training.inspections import HeldOut, InspectSteps
-from qstar.training.memory import evaluation_advice, explained, training_advice
+from qstar.training.memory import evaluation_advice, explained, inspection_advice, training_advice
 from qstar.training.saving import CheckpointTrainer
 from qstar.training.settings import QuietStarArguments
 from qstar.training.sharding import in_step
@@ -285,7 +285,7 @@ class QuietStarTrainer(CheckpointTrainer):
             max_grid_tokens=self.objective.max_grid_tokens,
         )
         name = f"{args.folder}, step {step}"
-        with explained(lambda: evaluation_advice(args)), self.accelerator.autocast():
+        with explained(lambda: inspection_advice(self.objective.max_grid_tokens)), self.accelerator.autocast():
             return inspect_tokens(
                 self.thinking_model, tokenizer, held_out.documents, settings, cut=held_out.cut, name=name
             )

@@ -96,6 +96,19 @@ class SecondFactors(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("stride", [0, 2])
+def test_a_bias_of_any_stride(calls, stride):
+    leaves, d_out = case((192, 192), 192)
+    leaves[2] = torch.as_strided(torch.randn(2 * 192), (192,), (stride,)).requires_grad_()
+    assert_exact(leaves, d_out, linear)
+    assert len(calls) >= 3
+
+
+def test_a_product_of_nothing_is_the_bias():
+    x, weight, bias = torch.randn(3, 0), torch.randn(4, 0), torch.randn(4)
+    assert torch.equal(linear(x, weight, bias, backend="onednn"), bias.expand(3, 4))
+
+
 @pytest.mark.parametrize("view", ["wider", "every other", "transposed", "transposed of wider", "expanded"])
 @pytest.mark.parametrize("which", ["x", "weight", "d_out"])
 def test_factors_of_any_strides(calls, which, view):

@@ -353,8 +353,24 @@ def test_a_model_whose_predictions_are_not_finite_is_refused():
     model = model_of()
     with torch.no_grad():
         model.lm_head.weight[7] = nan
-    with pytest.raises(FloatingPointError, match="log-probabilities of text 1 are not finite"):
+    with pytest.raises(
+        FloatingPointError, match="log-probabilities of one of the texts 1 to 3, which are read together,"
+    ):
         qstar.inspect(model, tiny.tokenizer(), TEXTS)
+    with pytest.raises(FloatingPointError, match="log-probabilities of text 1 are not finite"):
+        qstar.inspect(model, tiny.tokenizer(), TEXTS, seq_length=8)
+
+
+def test_pauses_are_inspected_without_what_would_be_sampled():
+    model = tiny.thinking_model("llama", **SIZES | dict(rationales=1, pauses=True))
+    found = qstar.inspect(model, tiny.tokenizer(), TEXTS, controls=False)
+    rationales = [
+        each for document in found.documents for position in document.positions for each in position.rationales
+    ]
+    assert {tuple(each.token_ids) for each in rationales} == {(model.qstar.start_token_id,) * 2}
+    assert {value for each in rationales for value in (*each.log_probs, each.entropy)} == {0.0}
+    expected = evaluated(model, [torch.tensor(document.token_ids) for document in found.documents])
+    assert found.summary.gain.mean == pytest.approx(expected.nll_base - expected.nll_talk, abs=1e-6)
 
 
 def test_settings_names_and_versions_are_recorded():

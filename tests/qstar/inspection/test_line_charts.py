@@ -41,6 +41,9 @@ def test_values_lie_where_the_scale_has_them():
 def test_names_of_curves_that_end_at_one_place_are_apart():
     chart = line_chart("gain", [0, 1], [Line(name, [0.0, end]) for name, end in (("a", 0.5), ("b", 0.5), ("c", 0.499))])
     ends = sorted(line["end"] for line in chart["lines"])
+    gone = line_chart("gain", [0, 1], [Line("a", [0.3, 0.0]), *(Line(name, [0.0, 0.0]) for name in "bcd")])
+    places = sorted(line["end"] for line in gone["lines"])
+    assert places == [BOTTOM + LABEL - LABEL * number for number in (3, 2, 1, 0)], "inside of the picture"
     assert all(after - before >= LABEL for before, after in itertools.pairwise(ends))
     assert chart["named"] and not line_chart("one", [0], [Line("", [1.0])])["named"]
 
@@ -53,6 +56,7 @@ def test_names_of_curves_that_end_at_one_place_are_apart():
         ([0.0, 40.0], [0, 20, 40]),
         ([-2.0, 0.0], [-2, -1, 0]),
         ([0.7, 0.71], [0, 0.5]),
+        ([0.0, 0.3], [0, 0.1, 0.2, 0.3]),
         ([-0.3, 0.3], [-0.2, 0, 0.2]),
     ],
     ids=str,

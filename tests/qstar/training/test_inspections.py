@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 
+import numpy as np
 import pytest
 import tiny
+import torch
 from datasets import Dataset
 from tiny_runs import texts, tiny_train, unequal_rows
 from transformers import TrainerCallback
@@ -17,7 +20,7 @@ from qstar.inspection.data import Inspection
 from qstar.inspection.history import history_page, snapshot
 from qstar.inspection.page import page
 from qstar.inspection.run import Tokens
-from qstar.training.inspections import HeldOut
+from qstar.training.inspections import HeldOut, InspectionFolder
 from qstar.training.trainer import QuietStarTrainer
 
 SAVING = dict(save_strategy="steps", save_steps=2)
@@ -130,6 +133,37 @@ def test_other_texts_than_those_of_the_run_are_refused_when_it_goes_on(tmp_path)
     assert list(inspected(result.folder)) == [0, 2, 4]
 
 
+def test_a_file_that_cannot_be_read_is_named_when_a_run_goes_on(tmp_path):
+    options = dict(eval_dataset=held_out(), seq_length=24, **SAVING, inspect_steps=2)
+    tiny_train(tmp_path / "run", max_steps=2, **options)
+    broken = tmp_path / "run" / "inspections" / "step-000002.json"
+    for content in (b'{"a": 1', b"\xff\xfe", b'{"schema": 0}'):
+        broken.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{re.escape(str(broken))} cannot be read: .*; remove it, or move that"):
+            tiny_train(tmp_path / "run", max_steps=4, resume_from_checkpoint=True, **options)
+
+
+def test_a_run_that_goes_on_keeps_the_steps_of_its_settings_alone(tmp_path):
+    options = dict(eval_dataset=held_out(), seq_length=24, **SAVING)
+    tiny_train(tmp_path / "run", max_steps=3, inspect_steps=2, **options)
+    assert list(inspected(tmp_path / "run")) == [0, 2, 3]
+    more = tiny_train(tmp_path / "run", max_steps=6, inspect_steps=2, resume_from_checkpoint=True, **options)
+    assert list(inspected(more.folder)) == [0, 2, 4, 6]
+
+
+def test_a_folder_that_goes_on_has_an_index_of_what_is_there(tmp_path):
+    made = tiny_train(tmp_path / "run", eval_dataset=held_out(), seq_length=24, max_steps=4, inspect_steps=2)
+    found = inspected(made.folder)
+    texts_inspected = [document.token_ids for document in found[0].documents]
+    InspectionFolder(made.folder).begin(2, 2, texts_inspected)
+    snapshots = [snapshot(step, f"step-{step:06}.html", found[step]) for step in (0, 2)]
+    index = made.folder / "inspections" / "index.html"
+    assert index.read_text() == history_page(str(made.folder), found[2], snapshots) + "\n"
+    assert list(inspected(made.folder)) == [0, 2]
+    InspectionFolder(made.folder).begin(0, 2, [[1, 2]])
+    assert list(index.parent.iterdir()) == [], "a run that begins takes nothing over"
+
+
 @pytest.mark.parametrize("most", [2, 5, 6, 11, 12, 100])
 def test_as_many_documents_are_taken_as_have_so_many_tokens(most):
     rows = [dict(input_ids=[*range(5), *range(10, 17)], position_ids=[*range(5), *range(7)])]
@@ -150,6 +184,15 @@ def test_documents_in_which_nothing_is_predicted_are_left_out():
     assert HeldOut.of([row], 12) == HeldOut([Tokens(ids, [*none[:5], 5])], cut=False)
     with pytest.raises(ValueError, match="inspect_tokens is 4, but no text of eval_dataset has a token to predict"):
         HeldOut.of([row], 4)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, list])
+def test_rows_may_be_tensors_or_arrays_with_or_without_positions(kind):
+    ids = [3, 4, 5]
+    expected = HeldOut([Tokens(ids, ids)], cut=False)
+    assert HeldOut.of([dict(input_ids=kind(ids))], 10) == expected
+    found = HeldOut.of([dict(input_ids=kind(ids), position_ids=kind([1, 2, 3]))], 10)
+    assert found == expected and {type(token) for token in found.documents[0].ids} == {int}
 
 
 def test_what_is_not_to_be_predicted_has_no_gain(tmp_path):
@@ -196,6 +239,8 @@ def test_a_trainer_without_texts_or_tokenizer_is_refused(tmp_path):
     model, rows = tiny.thinking_model("llama"), unequal_rows()
     with pytest.raises(ValueError, match="inspect_steps is 3, but eval_dataset is missing"):
         QuietStarTrainer(model, args, train_dataset=rows, processing_class=tiny.tokenizer())
+    with pytest.raises(ValueError, match="inspect_steps is 3, but eval_dataset is empty"):
+        QuietStarTrainer(model, args, train_dataset=rows, eval_dataset={}, processing_class=tiny.tokenizer())
     with pytest.raises(ValueError, match="inspect_steps is 3, but processing_class is missing"):
         QuietStarTrainer(model, args, train_dataset=rows, eval_dataset=rows)
 

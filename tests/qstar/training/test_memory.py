@@ -14,7 +14,7 @@ from qstar.commands.main import main
 from qstar.evaluation import held_out
 from qstar.grid import ThoughtGrid
 from qstar.training import trainer as trainer_module
-from qstar.training.memory import OutOfMemory, evaluation_advice, explained, training_advice
+from qstar.training.memory import OutOfMemory, evaluation_advice, explained, inspection_advice, training_advice
 from qstar.training.settings import QuietStarArguments
 from qstar.training.trainer import QuietStarTrainer
 
@@ -84,6 +84,14 @@ def test_an_evaluation_has_a_setting_of_its_own():
     assert evaluation_advice(arguments(per_device_eval_batch_size=1)) == (
         "the evaluation does not fit in memory, one row at a time: try a seq_length below 256"
     )
+
+
+def test_an_inspection_has_settings_of_its_own():
+    assert inspection_advice(4096) == (
+        "an inspection does not fit in memory: try a lower max_grid_tokens (now 4096), a lower seq_length or fewer "
+        "rationales; inspect_steps=0 leaves it out"
+    )
+    assert "(now all of a row)" in inspection_advice(None)
 
 
 def test_the_advice_halves_the_memory_of_a_step_and_makes_the_same_updates(tmp_path):
