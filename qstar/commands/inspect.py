@@ -39,6 +39,9 @@ def run(arguments: list[str]) -> None:
         ) from error
     if options.thoughts < 0:
         raise ValueError(f"thoughts is {options.thoughts}, but it must be at least 0")
+    for name, file in (("json", options.json), ("html", options.html)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"{name} is {str(file)!r}, but there is no folder {str(file.parent)!r} to write it to")
     settings = taken(vars(options), InspectionSettings)
     texts = partial(_texts, options.text, options.file, taken(vars(options), DataSettings))
     asked: dict[str, Any] = dict(

@@ -163,6 +163,13 @@ def test_one_kind_of_text_must_be_given(command, capsys):
     assert "one of the arguments --text --file is required" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["json", "html"])
+def test_a_place_that_is_not_there_is_refused_before_a_model_is_read(command, name, tmp_path):
+    place = tmp_path / "nowhere" / "file"
+    code, _, err = command("--text", "a b", f"--{name}", place)
+    assert code == 1 and f"{name} is {str(place)!r}, but there is no folder {str(place.parent)!r}" in err
+
+
 def test_a_missing_package_is_named(command, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("qstar.inspection.") and "terminal" in name]:
         monkeypatch.delitem(sys.modules, name)

@@ -16,6 +16,7 @@ from qstar.commands.main import main
 from qstar.embedded import run
 from qstar.embedded.pretrain import PretrainSettings, pretrained_model
 from qstar.embedded.task import EQUALS, WORKING, build_tokenizer, problems, split_of
+from qstar.inspection.data import Inspection
 
 TINY = PretrainSettings(
     width=16, layers=1, heads=2, key_value_heads=1, intermediate=16, batch_size=16, max_steps=30, tried=8
@@ -28,9 +29,13 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One run of the command at a tiny size: its folder, what it printed, and the cache with its first model."""
-    folder, cache = (tmp_path_factory.mktemp(name) for name in ("run", "cache"))
+def cache(tmp_path_factory):
+    """Where the first models are kept."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def run_command(folder, cache, flags: str) -> str:
+    """One run of the command at a tiny size; what it printed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "CACHE", cache)
         patch.setattr(run, "PROBLEMS", PROBLEMS)
@@ -38,8 +43,15 @@ def finished(tmp_path_factory):
         printed = []
         patch.setattr("builtins.print", lambda *words, **options: printed.append(" ".join(map(str, words))))
         with pytest.warns(UserWarning, match="below its goal"):
-            assert main(["train", "--output-dir", str(folder / "result"), *FLAGS.split()]) == 0
-    return folder / "result", "\n".join(printed), cache
+            assert main(["train", "--output-dir", str(folder), *flags.split()]) == 0
+    return "\n".join(printed)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """A run: its folder, what it printed, and the cache with its first model."""
+    folder = tmp_path_factory.mktemp("run") / "result"
+    return folder, run_command(folder, cache, FLAGS), cache
 
 
 @torch.no_grad()
@@ -125,6 +137,30 @@ def test_the_run_leaves_what_it_says(finished):
     assert json.loads((folder / "training_args.json").read_text())["max_steps"] == 3
     model, _ = load(folder)
     assert (model.qstar.thought_tokens, model.qstar.rationales, model.qstar.start_init) == (3, 2, WORKING)
+
+
+def inspected(folder):
+    paths = sorted((folder / "inspections").glob("*.json"))
+    return {path.stem: Inspection.from_json(path.read_text()) for path in paths}
+
+
+def test_the_run_ends_with_a_page_of_its_thoughts_about_held_out_problems(finished):
+    folder, printed, _ = finished
+    found = inspected(folder)
+    assert list(found) == ["step-000000", "step-000003"]
+    page = folder / "inspections" / "index.html"
+    assert f"see its thoughts: open {page} in a browser" in printed.splitlines() and page.is_file()
+    problems_left = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    texts = ["".join(document.tokens) for document in found["step-000003"].documents]
+    asked = [f"{row['prompt']} {row['answer']}<|endoftext|>" for row in problems_left[: len(texts)]]
+    assert [text.replace(" ", "") for text in texts] == [text.replace(" ", "") for text in asked]
+    assert 20 < len(texts) < 30
+
+
+def test_a_run_that_pauses_is_inspected_as_well(tmp_path, cache):
+    run_command(tmp_path / "result", cache, FLAGS.replace("--rationales 2", "--rationales 1 --pauses"))
+    last = inspected(tmp_path / "result")["step-000003"]
+    assert last.summary.entropy == 0 and last.summary.distinct == 1 / last.summary.thoughts
 
 
 def test_the_run_leaves_held_out_problems_with_their_answers(finished):
