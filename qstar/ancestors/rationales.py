@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from qstar.prompting.continuations import Continuations
 from qstar.prompting.prompts import Prompt
 from qstar.prompting.settings import SearchSettings
 from qstar.thinking import evaluating
+from qstar.whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,8 @@ def read_rationales(path: Path) -> list[Rationale]:
 
 
 def _write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write beside ``path`` and rename: a kill leaves the old lines or the new ones."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text("".join(map(_line, rows)), encoding="utf-8")
-    os.replace(beside, path)
+    """Leave the old lines or the new ones, whenever a kill comes."""
+    write_whole(path, "".join(map(_line, rows)))
 
 
 def _line(row: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from qstar.ancestors.wording import Wording
 from qstar.evaluation.questions import Question
 from qstar.evaluation.report import percent, share_right
 from qstar.evaluation.tables import finite_or_none
+from qstar.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -204,10 +204,8 @@ class Rounds:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write beside ``path`` and rename, so that a kill leaves no half of it."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(json.dumps(finite_or_none(content), indent=2) + "\n")
-    os.replace(beside, path)
+    """Write JSON, whole or not at all; numbers that are not finite are null."""
+    write_whole(path, json.dumps(finite_or_none(content), indent=2) + "\n")
 
 
 def _nothing_reached(said: Sequence[Attempt], questions: Sequence[Question], settings: StarSettings) -> str:

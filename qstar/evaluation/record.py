@@ -13,9 +13,9 @@ import qstar
 from qstar.evaluation.questions import Question, Questions
 from qstar.evaluation.report import Answered, Row, TaskReport
 from qstar.evaluation.tables import finite_or_none
+from qstar.whole_file import write_whole
 
 SCHEMA = 1
-PARTIAL = "partial-"  # before the name of a file that is being written
 
 
 def write_report(path: str | Path, reports: Sequence[TaskReport], *, command: str, seed: int, **more: Any) -> None:
@@ -37,10 +37,8 @@ def write_report(path: str | Path, reports: Sequence[TaskReport], *, command: st
         "versions": {"qstar": qstar.__version__} | {name: version(name) for name in ("torch", "transformers")},
         "tasks": [report.record() for report in reports],
     }
-    path = Path(path)
-    written = path.with_name(PARTIAL + path.name)
-    written.write_text(json.dumps(finite_or_none(record | more), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    written.replace(path)
+    text = json.dumps(finite_or_none(record | more), indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(Path(path), text + "\n")
 
 
 def read_report(path: str | Path) -> tuple[TaskReport, ...]:

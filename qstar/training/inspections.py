@@ -19,6 +19,7 @@ from qstar.inspection.history import Snapshot, history_page, snapshot
 from qstar.inspection.page import page
 from qstar.inspection.run import Tokens
 from qstar.training.settings import QuietStarArguments
+from qstar.whole_file import write_whole
 
 FOLDER = Path("inspections")  # in that of a run
 INDEX = FOLDER / "index.html"
@@ -159,13 +160,13 @@ class InspectionFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep(step, found)
         place = self.folder / _name(step)
-        _write(place.with_suffix(".html"), page(found))
-        _write(place.with_suffix(".json"), found.to_json())
+        write_whole(place.with_suffix(".html"), page(found) + "\n")
+        write_whole(place.with_suffix(".json"), found.to_json() + "\n")
         self._write_index(found)
 
     def _write_index(self, last: Inspection) -> None:
         snapshots = [self._snapshots[each] for each in sorted(self._snapshots)]
-        _write(self.index, history_page(str(self.folder.parent), last, snapshots))
+        write_whole(self.index, history_page(str(self.folder.parent), last, snapshots) + "\n")
 
     def _keep(self, step: int, found: Inspection) -> None:
         self._snapshots[step] = snapshot(step, f"{_name(step)}.html", found)
@@ -173,13 +174,6 @@ class InspectionFolder:
 
 def _name(step: int) -> str:
     return f"step-{step:06}"
-
-
-def _write(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(content + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _documents(rows: Iterable[dict[str, list[int]]]) -> Iterator[Tokens]:

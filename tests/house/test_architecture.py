@@ -25,7 +25,7 @@ CHOOSER = Path("backends.py")
 DOOR = "rivals.py"  # of an op, to its kernels in Gluon
 LONGEST = 400  # lines of a file
 FLOORS = (  # of qstar/, from the ground up: a file imports from its own room, or from a floor below
-    ("autocast", "config", "cpu", "grid"),
+    ("autocast", "config", "cpu", "grid", "whole_file"),
     ("adapters", "cache", "data", "heads", "quantized"),
     ("layouts",),
     ("drop_in",),
