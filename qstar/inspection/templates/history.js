@@ -8,24 +8,17 @@
   const PAUSE = 700; // milliseconds that a step is seen while they play
   let playing = null;
 
-  function place(token) {
-    return token.id.slice(1).split("-").map(Number);
-  }
-
   // A token at each step: how its thought changed.
   function show(token) {
-    const [text, number] = place(token);
-    const title = made("h2", ["⟦", token.textContent, "⟧"], "thought");
-    const where = made("p", `text ${text + 1}, token ${number + 1}`);
+    const [text, number] = place_of(token);
+    const heading = heading_of(token, token.textContent);
     const now = steps[slider.value].texts[text][number - 1];
+    status.textContent = numbers(now && {gain: now[1], weight: now[2]});
     if (!now) {
-      status.textContent = "no thought stands before this token";
-      panel.replaceChildren(title, where);
+      panel.replaceChildren(...heading);
       return;
     }
-    const [, gain, weight, , before, after] = now;
-    status.textContent = gain === null
-      ? "this token is not predicted" : `gain ${signed(gain)} nats, weight ${plain(weight)}`;
+    const [before, after] = now.slice(4);
     const rows = steps.map(({step, texts}) => {
       const [, itsGain, itsWeight, thought] = texts[text][number - 1];
       return [String(step), signed(itsGain, 2), plain(itsWeight, 2), `⟨${strings[thought]}⟩`];
@@ -36,7 +29,7 @@
     bodies[slider.value].setAttribute("aria-current", "step");
     const likely = ([string, probability]) => [made("b", strings[string]), ` ${(100 * probability).toFixed(1)}%`];
     panel.replaceChildren(
-      title, where,
+      ...heading,
       made("p", ["likeliest without ", ...likely(before), ", with ", ...likely(after)], "likely"), shown);
     const side = panel.parentElement;
     side.scrollTop = bodies[slider.value].offsetTop - side.clientHeight / 2;
@@ -48,7 +41,7 @@
   function turn() {
     const {step, page, gain: [mean, low, high], texts} = steps[slider.value];
     for (const token of chooser.tokens) {
-      const [text, number] = place(token);
+      const [text, number] = place_of(token);
       const levels = texts[text][number - 1]?.[0];
       if (levels?.length) ["g", "w", "s"].forEach((name, at) => token.setAttribute(`data-${name}`, levels[at]));
     }
@@ -68,7 +61,7 @@
   // Where thoughts gain most at the last step.
   function best() {
     const gain = (token) => {
-      const [text, number] = place(token);
+      const [text, number] = place_of(token);
       return steps.at(-1).texts[text][number - 1]?.[1] ?? -Infinity;
     };
     return chooser.tokens.reduce((one, other) => (gain(other) > gain(one) ? other : one));

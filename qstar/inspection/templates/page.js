@@ -26,11 +26,7 @@
       made(heading, "Likeliest"), likely("without", before), likely("with", after)];
   }
 
-  function told(position) {
-    if (!position) return "no thought stands before this token";
-    if (position.gain[0] === null) return "this token is not predicted";
-    return `gain ${signed(position.gain[0])} nats, weight ${plain(position.weight)}`;
-  }
+  const told = (position) => numbers(position && {gain: position.gain[0], weight: position.weight});
 
   function differences(positions, {talk, base, gain}) {
     const row = (name, shown, value, difference) => [name, ...positions.map((each) => shown(value(each))), difference];
@@ -52,22 +48,21 @@
 
   function show(token) {
     data ??= JSON.parse(document.getElementById("data").textContent);
-    const [text, number] = token.id.slice(1).split("-").map(Number);
+    const [text, number] = place_of(token);
     const models = data.models ?? [data];
     const name = (step) => data.strings[models[0].documents[text].tokens[number + step]];
     const positions = models.map(({documents}) => documents[text].positions[number - 1]);
     const difference = data.differences?.[text][number - 1];
-    const title = made("h2", ["⟦", name(0), "⟧"], "thought");
-    const place = made("p", `text ${text + 1}, token ${number + 1}`);
+    const heading = heading_of(token, name(0));
     const known = positions.some(Boolean);
     if (data.models && known) {
       const facts = positions.map((position, side) => `${models[side].name}: ${told(position)}`);
       if (difference) facts.unshift(`difference ${signed(difference.talk)} nats`);
       status.textContent = facts.join("; ");
-      panel.replaceChildren(title, place, ...beside(positions, difference, name));
+      panel.replaceChildren(...heading, ...beside(positions, difference, name));
     } else {
       status.textContent = told(positions[0]);
-      panel.replaceChildren(title, place, ...(known ? details(positions[0], name, "h2") : []));
+      panel.replaceChildren(...heading, ...(known ? details(positions[0], name, "h2") : []));
     }
   }
 

@@ -19,6 +19,24 @@ function table(header, rows) {
   ]);
 }
 
+// Numbers of the text that a token stands in and of the token, from 0.
+function place_of(token) {
+  return token.id.slice(1).split("-").map(Number);
+}
+
+// What is above whatever is shown of a token, which reads `name`.
+function heading_of(token, name) {
+  const [text, number] = place_of(token);
+  return [made("h2", ["⟦", name, "⟧"], "thought"), made("p", `text ${text + 1}, token ${number + 1}`)];
+}
+
+// What a thought before a token did, in a line; nothing is known where there is none.
+function numbers(known) {
+  if (!known) return "no thought stands before this token";
+  if (known.gain === null) return "this token is not predicted";
+  return `gain ${signed(known.gain)} nats, weight ${plain(known.weight)}`;
+}
+
 // Has pointer, keys and links choose a token of the texts, and `show` it.
 function choosing(show) {
   const texts = document.getElementById("texts");
