@@ -153,15 +153,18 @@ def goes_to_onednn(a: Tensor, b: Tensor) -> bool:
     return is_chosen() and pays(a.numel() // max(a.shape[-1], 1), b.shape[1], b.shape[0]) and is_ordinary(a, b)
 
 
-def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``a b^T + bias`` of ``a [m, k]``, ``b [n, k]`` and ``bias [n]`` by oneDNN, ``[m, n]``; without a gradient."""
-    if bias is None and is_transposed(a) and is_transposed(b) and len(a) > len(b):
+def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None, ending: str = "none") -> Tensor:
+    """``a b^T + bias`` of ``a [m, k]``, ``b [n, k]`` and ``bias [n]`` by oneDNN, ``[m, n]``; without a gradient.
+
+    ``ending`` is the name of a function of every element that the product ends with, which oneDNN has.
+    """
+    if bias is None and ending == "none" and is_transposed(a) and is_transposed(b) and len(a) > len(b):
         return multiply(b, a).t()  # the operator copies a first factor that is transposed: let it be the smaller one
     if not (b.is_contiguous() or b.t().is_contiguous()):
         b = b.contiguous()  # other strides would go to its reference implementation, a thousand times slower
     if bias is not None:
         bias = bias.contiguous()  # it is read as if it were
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, ending, [], "")
 
 
 def is_transposed(x: Tensor) -> bool:

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from qstar_kernels.backends import implementation
 from qstar_kernels.common.autocast import without_autocast
+from qstar_kernels.products import cpu_products, current_cpu_products
 from qstar_kernels.thought_attention import flops
 from qstar_kernels.thought_attention import torch as torch_backend
 from qstar_kernels.thought_attention.rules import Rules
@@ -230,6 +231,7 @@ class Attention(torch.autograd.Function):
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = ops.thought_attention(*inputs)
+        ctx.library = current_cpu_products()
         *tensors, ctx.rationales, ctx.scale, ctx.window, ctx.softcap, ctx.backend = inputs
         ctx.save_for_backward(out, lse, *tensors)
         ctx.mark_non_differentiable(lse)
@@ -240,7 +242,8 @@ class Attention(torch.autograd.Function):
     def backward(ctx, do, _):
         out, lse, *inputs, sinks, text_start = ctx.saved_tensors
         rules = (sinks, text_start, ctx.rationales, ctx.scale, ctx.window, ctx.softcap, ctx.backend)
-        grads = ops.thought_attention_backward(do, out, lse, *inputs, *rules)
+        with cpu_products(ctx.library):
+            grads = ops.thought_attention_backward(do, out, lse, *inputs, *rules)
         return *grads, sinks_gradient(do, out, lse, sinks), *(None,) * 6
 
 
@@ -249,6 +252,7 @@ class StepAttention(torch.autograd.Function):
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = ops.thought_attention_step(*inputs)
+        ctx.library = current_cpu_products()
         *tensors, ctx.step, step_index, sinks, text_start, ctx.scale, ctx.window, ctx.softcap, _ = inputs
         ctx.save_for_backward(out, lse, *tensors, step_index, sinks, text_start)
         ctx.mark_non_differentiable(lse)
@@ -259,7 +263,8 @@ class StepAttention(torch.autograd.Function):
     def backward(ctx, do, _):
         out, lse, *inputs, step_index, sinks, text_start = ctx.saved_tensors
         rules = (ctx.step, step_index, sinks, text_start, ctx.scale, ctx.window, ctx.softcap)
-        grads = ops.thought_attention_step_backward(do, out, lse, *inputs, *rules)
+        with cpu_products(ctx.library):
+            grads = ops.thought_attention_step_backward(do, out, lse, *inputs, *rules)
         return *grads, None, None, sinks_gradient(do, out, lse, sinks), *(None,) * 5
 
 
@@ -268,6 +273,7 @@ class PartAttention(torch.autograd.Function):
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = ops.thought_attention_part(*inputs)
+        ctx.library = current_cpu_products()
         *tensors, ctx.scale, ctx.window, ctx.softcap, _ = inputs
         ctx.save_for_backward(out, lse, *tensors)
         ctx.mark_non_differentiable(lse)
@@ -278,7 +284,8 @@ class PartAttention(torch.autograd.Function):
     def backward(ctx, do, _):
         out, lse, *inputs, sinks, text_start = ctx.saved_tensors
         rules = (sinks, text_start, ctx.scale, ctx.window, ctx.softcap)
-        grads = ops.thought_attention_part_backward(do, out, lse, *inputs, *rules)
+        with cpu_products(ctx.library):
+            grads = ops.thought_attention_part_backward(do, out, lse, *inputs, *rules)
         return *grads, sinks_gradient(do, out, lse, sinks), *(None,) * 5
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qstar_kernels.thought_attention.rules import Rules
+from qstar_kernels.thought_attention.torch import onednn
 from qstar_kernels.thought_attention.torch.blocks import grouped
 
 aten = torch.ops.aten
@@ -123,6 +124,9 @@ def attend_text(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse:
     if q.device.type != "cpu":
         attend_text_by_slot(q, k, v, scale, out, lse)
         return
+    if onednn.serves(q, k, v):
+        onednn.attend(q, k, v, scale, out, lse)
+        return
     rows, out, lse = (grouped(x, k.shape[1]) for x in (q, out, lse))
     before = k.shape[2] - q.shape[2]
     for start, stop, mask in text_blocks(q, k.shape[1], before):
@@ -139,6 +143,9 @@ def attend_text_backward(do, out, lse, q, k, v, scale: float, dq: Tensor) -> tup
         dq.copy_(dq_text.unflatten(1, (q.shape[1], q.shape[3])).transpose(2, 3))
         return dk, dv
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    if onednn.serves(q, k, v):
+        onednn.attend_backward(do, out, lse, q, k, v, scale, dq, dk, dv)
+        return dk, dv
     do, out, lse, rows, dq = (grouped(x, k.shape[1]) for x in (do, out, lse, q, dq))
     before = k.shape[2] - q.shape[2]
     for start, stop, mask in text_blocks(q, k.shape[1], before):
