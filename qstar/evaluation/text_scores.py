@@ -79,8 +79,7 @@ def score_text(
             else:
                 grid = model.grid(text.tokens.shape[1], rationales=1, ahead_tokens=1)
                 if thoughts == OWN:
-                    sampling = dict(temperature=temperature, seed=seed, row_offset=positions)
-                    here = think(model, text, grid, **sampling)
+                    here = think(model, text, grid, temperature=temperature, seed=seed, row_offset=positions)
                 else:
                     given = _given(thoughts, begin, lengths, text.tokens.shape[1])
                     grid = model.grid(grid.positions, rationales=1, ahead_tokens=1, thought_tokens=given.shape[-1])
