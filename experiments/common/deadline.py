@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 WARM_UP = 3  # first steps, which say little of how long one takes
+ENOUGH = 10  # steps after which it is known how long the rest takes
 
 
 class OutOfTime(Exception):
@@ -44,7 +45,7 @@ class StopInTime(TrainerCallback):
         keeps = args.save_strategy != "no"
         left = self.deadline.left()
         further = 0.0
-        if not keeps and self.steps > WARM_UP:
+        if not keeps and self.steps >= ENOUGH:
             further = (time.monotonic() - self.began) / (self.steps - WARM_UP) * (state.max_steps - state.global_step)
         if left <= further and state.global_step < state.max_steps:
             control.should_training_stop = True

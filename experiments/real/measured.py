@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qstar.evaluation.intervals import bootstrap_columns
+from qstar.evaluation.intervals import Interval, bootstrap_columns
 from qstar.evaluation.report import ACCURACY, LOG_LIKELIHOOD, TaskReport
 from qstar.evaluation.run import BEFORE, WITHOUT
 from real.settings import BASE, EQUAL_OPERATIONS, PLAIN
@@ -40,7 +40,7 @@ class Difference(NamedTuple):
     """A mean, or the mean of a difference, in each group with its 95 % interval over rows of text or questions."""
 
     means: list[float]
-    intervals: list[tuple[float, float]]
+    intervals: list[Interval]
 
     def as_json(self) -> dict[str, Any]:
         """As JSON can say it."""
@@ -51,7 +51,7 @@ def mean_of(sums: Array, counts: Array) -> Difference:
     """Means of sums ``[U, G]`` over ``counts`` ``[U, G]`` terms."""
     total = counts.sum(0)
     means = np.divide(sums.sum(0), total, out=np.full(len(total), np.nan), where=total > 0)
-    return Difference(means.tolist(), [tuple(each) for each in bootstrap_columns(sums, counts)])
+    return Difference(means.tolist(), bootstrap_columns(sums, counts))
 
 
 def summed(values: Values, groups: Groups) -> list[dict[str, Any]]:

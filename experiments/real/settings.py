@@ -115,8 +115,10 @@ class RealModelSettings:
 
     def training_of(self, variant: Variant) -> dict[str, Any]:
         """The settings of a variant's training that do not depend on its length."""
-        names = ("seq_length", "learning_rate", "mixing_head_lr_factor", "thought_embedding_lr_factor")
-        names += ("policy_weight", "bf16", "max_grid_tokens")
+        names = (
+            *("seq_length", "learning_rate", "mixing_head_lr_factor", "thought_embedding_lr_factor"),
+            *("policy_weight", "bf16", "max_grid_tokens"),
+        )
         return {name: getattr(self, name) for name in names} | variant.training
 
     def as_json(self) -> dict[str, Any]:
