@@ -101,7 +101,7 @@ def evaluate_task(
     ``saved`` is the folder of the model, by whose files its answers are told from those of others.
     """
     began = time.monotonic()
-    size = sources.settings.eval_batch_size
+    size = sources.settings.question_batch_size
     questions = sources.questions(task)
     with precision(sources):
         if variant is None or not variant.thinks:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from qstar.evaluation.controls import CONTROLS
 from qstar.evaluation.intervals import Interval, bootstrap_columns
 from qstar.evaluation.report import ACCURACY, LOG_LIKELIHOOD, TaskReport
-from qstar.evaluation.run import BEFORE, WITHOUT
-from real.settings import BASE, EQUAL_OPERATIONS, PLAIN
+from qstar.evaluation.run import BEFORE, OWN_THOUGHTS, WITHOUT
+from real.settings import BASE, EQUAL_OPERATIONS, PLAIN, VARIANTS
 
 Array = NDArray[np.float64]
 Key = tuple[str, str]  # a variant, and a way in which it predicts
@@ -19,6 +20,7 @@ Values = dict[Key, dict[int, Array]]  # by the seed of the training, sums ``[U, 
 REFERENCES: tuple[Key, ...] = ((BASE, WITHOUT), (PLAIN, WITHOUT), (EQUAL_OPERATIONS, WITHOUT))
 OWN_WITHOUT = "itself, without thoughts"
 UNTRAINED = -1  # in the place of a seed, of the base
+WAYS = (WITHOUT, OWN_THOUGHTS, *CONTROLS)
 ALL = "all"
 STEPS = ((1, 2), (3, 3), (4, 4), (5, None))  # of the reference solution, first and last
 QUARTERS = ("easiest quarter", "second quarter", "third quarter", "hardest quarter")
@@ -74,8 +76,13 @@ def summed(values: Values, groups: Groups) -> list[dict[str, Any]]:
                 if reference != (variant, way) and (found := _difference(seeds, values.get(reference), groups))
             },
         }
-        for (variant, way), seeds in values.items()
+        for (variant, way), seeds in sorted(values.items(), key=lambda item: _place(*item[0]))
     ]
+
+
+def _place(variant: str, way: str) -> tuple[int, int]:
+    """Where it stands in a table."""
+    return (BASE, *VARIANTS).index(variant), WAYS.index(way)
 
 
 def mean_per_group(sums: Array, counts: Array) -> list[float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qstar.config import setting
+from qstar.config import setting, setting_names
 
 BASE = "base"  # the model as it was
 PLAIN, EQUAL_OPERATIONS = "plain", "plain-equal-operations"
@@ -68,7 +68,8 @@ class RealModelSettings:
         held_out: of so many documents one is held out, by the SHA-256 of its text.
         held_out_rows: rows of held-out text that are scored, at most.
         max_questions: of a task, drawn by chance; all by default.
-        eval_batch_size: rows, or questions, that are read at a time.
+        text_batch_size: rows of held-out text that are read at a time.
+        question_batch_size: questions that are read at a time.
     """
 
     _argument_group_name = "settings"
@@ -95,10 +96,11 @@ class RealModelSettings:
     held_out: int = setting(20, "Of so many documents one is held out.")
     held_out_rows: int = setting(256, "Rows of held-out text that are scored, at most.")
     max_questions: int | None = setting(None, "Draw so many questions of each task.")
-    eval_batch_size: int = setting(16, "Rows or questions that are read at a time.")
+    text_batch_size: int = setting(16, "Rows of held-out text that are read at a time.")
+    question_batch_size: int = setting(32, "Questions that are read at a time.")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "equal_operations_batch_size", "held_out_rows", "eval_batch_size"):
+        for name in ("steps", "held_out_rows", *(each for each in setting_names(type(self)) if "batch_size" in each)):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
         if self.held_out < 2:

@@ -73,7 +73,7 @@ class Sources:
         """Packed rows of those that are."""
         rows: Any = list(islice(self._rows(held_out=True), self.settings.held_out_rows))
         pad = PadRight(self.tokenizer.pad_token_id or 0)
-        return list(DataLoader(rows, self.settings.eval_batch_size, collate_fn=pad))
+        return list(DataLoader(rows, self.settings.text_batch_size, collate_fn=pad))
 
     def _rows(self, *, held_out: bool) -> AnyDataset:
         column, one_in = self.settings.text_column, self.settings.held_out

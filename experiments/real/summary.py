@@ -29,6 +29,11 @@ from real.train import TRAINING_FILE
 
 SUMMARY_FILE, TABLES_FILE, PICTURE_FILE = "summary.json", "summary.md", "summary.png"
 SCHEMA = 1
+LOGGED = {  # of the last updates, by the names in the log
+    "mixing_weight": "mixing weight",
+    "thought_entropy": "entropy of the thoughts' tokens",
+    "distinct_thoughts": "distinct thoughts",
+}
 PER = {LOG_LIKELIHOOD: "log-likelihood, nats", ACCURACY: "exact accuracy"}
 
 
@@ -119,7 +124,7 @@ def _task(folders: list[tuple[str, int, Path]], name: str) -> dict[str, Any] | N
 
 
 def _training_table(trained: list[dict[str, Any]]) -> str:
-    header = ["variant", "seed", "steps", "text tokens", "10^15 multiply-adds", "seconds", "on"]
+    header = ["variant", "seed", "steps", "text tokens", "10^15 multiply-adds", "seconds", *LOGGED.values(), "on"]
     rows = [
         [
             each["variant"],
@@ -128,6 +133,7 @@ def _training_table(trained: list[dict[str, Any]]) -> str:
             f"{each['tokens']:,}",
             f"{each['multiply_adds'] / 1e15:.3g}",
             f"{each['seconds']:.0f}",
+            *(f"{each['log'][name]:.3f}" if each["thoughts"] and name in each["log"] else "" for name in LOGGED),
             each["device"],
         ]
         for each in trained
@@ -140,13 +146,13 @@ def _tables(section: dict[str, Any]) -> str:
     parts = [f"# {section['name']}, {section['units']:,} {section['unit']}s, 95 % intervals"]
     for metric, entries in section["metrics"].items():
         references = list(dict.fromkeys(name for each in entries for name in each["against"]))
-        header = ["trained", "predicts", "seeds", PER[metric], *(f"less {name}" for name in references)]
+        header = ["trained", "predicts", PER[metric], "each seed", *(f"less {name}" for name in references)]
         rows = [
             [
                 each["variant"],
                 each["way"],
-                str(len(each["seeds"]) or ""),
                 with_interval(each["mean"][0], each["interval"][0]),
+                ", ".join(f"{means[0]:.3f}" for means in each["by_seed"]) if each["seeds"] else "",
                 *(_against(each, name, 0) for name in references),
             ]
             for each in entries

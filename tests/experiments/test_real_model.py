@@ -30,7 +30,7 @@ from real.settings import BASE, EQUAL_OPERATIONS, PLAIN, VARIANTS
 from real.sources import is_held_out
 
 SIZES = ["--steps", "2", "--batch-size", "1", "--seq-length", "12", "--thought-tokens", "2", "--ahead-tokens", "2"]
-SIZES += ["--held-out", "3", "--held-out-rows", "3", "--learning-rate", "1e-2", "--eval-batch-size", "2"]
+SIZES += ["--held-out", "3", "--held-out-rows", "3", "--learning-rate", "1e-2", "--text-batch-size", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_differences_are_paired_by_seed_and_the_base_is_the_same_for_all():
         (PLAIN, WITHOUT): {0: np.array([[-6.0], [-3.0]]), 1: np.array([[-4.0], [-2.0]])},
         ("paper", OWN_THOUGHTS): {1: np.array([[-3.0], [-1.0]]), 2: np.array([[-1.0], [0.0]])},
     }
-    base, plain, paper = summed(values, Groups(("all",), counts))
+    base, paper, plain = summed(values, Groups(("all",), counts))
     assert base["seeds"] == [] and base["mean"] == [-11 / 3]
     assert plain["by_seed"] == [[-3.0], [-2.0]] and plain["mean"] == [-2.5]
     assert plain["against"][BASE]["mean"] == pytest.approx([3.5 / 3])
