@@ -123,4 +123,6 @@ def evaluate_task(
                 batch_size=size,
             )
     seconds = round(time.monotonic() - began, 1)
-    write_report(task_file(folder, task), [report], command=COMMAND, seed=0, seconds=seconds, device=str(made_with()))
+    write_report(
+        task_file(folder, task), [report], command=COMMAND, seed=0, seconds=seconds, device=made_with()["device"]
+    )
