@@ -83,7 +83,7 @@ class RealModelSettings:
     rationales: int = setting(2, "r: thoughts at each position in training.")
     learning_rate: float = setting(3e-5, "Learning rate of the decoder.")
     mixing_head_lr_factor: float = setting(10.0, "Learning rate of the mixing head over it.")
-    thought_embedding_lr_factor: float = setting(10.0, "Learning rate of start and end embeddings over it.")
+    thought_embedding_lr_factor: float = setting(100.0, "Learning rate of start and end embeddings over it.")
     warmup_ratio: float = setting(0.1, "Share of the steps over which the learning rates rise.")
     policy_weight: float = setting(1.0, "Weight of the REINFORCE loss.")
     bf16: bool = setting(
