@@ -201,9 +201,13 @@ def text_loss(model: QuietStarModel, input_ids: Tensor, count: Tensor | None = N
     """
     text = read_batch(model, input_ids, **batch)
     count = (text.targets != IGNORED).sum() if count is None else count
+    return -text_log_prob(model, text).sum() / count.clamp(min=1)
+
+
+def text_log_prob(model: QuietStarModel, text: Text) -> Tensor:
+    """Log-probability of each next token of a text without thoughts, ``[B, N]`` nats; 0 where there is none."""
     hidden = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start))
-    log_prob = model.language_head().log_prob(hidden.flatten(0, 1), text.targets.flatten())
-    return -log_prob.sum() / count.clamp(min=1)
+    return model.language_head().log_prob(hidden.flatten(0, 1), text.targets.flatten()).view_as(text.targets)
 
 
 def shares(targets: Tensor, count: Tensor) -> Tensor:

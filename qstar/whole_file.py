@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write text in UTF-8 beside ``path`` and rename it: a kill leaves what was there before, or all of the text."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write text, in UTF-8, or bytes beside ``path`` and rename it: a kill leaves what was there before, or all."""
     beside = path.with_name(f".{path.name}")
-    beside.write_text(text, encoding="utf-8")
+    if isinstance(content, str):
+        beside.write_text(content, encoding="utf-8")
+    else:
+        beside.write_bytes(content)
     beside.replace(path)

@@ -13,6 +13,7 @@ bootstrap's.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -110,6 +111,42 @@ def bootstrap(values: ArrayLike, *, counts: ArrayLike | None = None, seed: int =
     return Interval(float(low), float(high))
 
 
+def bootstrap_columns(sums: ArrayLike, counts: ArrayLike, *, seed: int = 0) -> list[Interval]:
+    """The 95 % intervals of several means over the same questions, as :func:`bootstrap`, all from the same draws.
+
+    For many means, as of each kind of question and each row: the draws are made once. A question without terms of a
+    kind stays among those that are drawn, unlike there; draws without any term of a kind say nothing of it.
+
+    Args:
+        sums: of each question, a column for each mean, ``[n, c]``.
+        counts: how many terms each sum has, ``[n, c]``.
+        seed: of the draws.
+
+    Returns:
+        An interval for each column; NaN where fewer than two questions have terms.
+
+    Raises:
+        ValueError: the two are not of one shape, or hold no question.
+    """
+    values, terms = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    if values.ndim != 2 or values.shape != terms.shape or len(values) == 0:
+        raise ValueError(
+            f"sums have shape {values.shape} and counts {terms.shape}, but they must be [n, c] with n at least 1"
+        )
+    weights = _drawn_weights(len(values), seed)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (weights @ values) / (weights @ terms)
+    found = []
+    for column, known in zip(means.T, (terms > 0).sum(0), strict=True):
+        there = column[~np.isnan(column)]
+        if known < 2 or not len(there):
+            found.append(Interval(math.nan, math.nan))
+        else:
+            low, high = np.quantile(there, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
+            found.append(Interval(float(low), float(high)))
+    return found
+
+
 def paired(values: Sequence[float], reference: Sequence[float], *, seed: int = 0) -> Interval:
     """The 95 % interval of the mean of ``values - reference``, question by question, see :func:`bootstrap`.
 
@@ -142,3 +179,11 @@ def _drawn_means(sums: NDArray[np.float64], terms: NDArray[np.float64] | None, s
         drawn = generator.integers(questions, size=(min(rows, RESAMPLES - start), questions), dtype=np.int32)
         means.append(sums.take(drawn).sum(1) / (questions if terms is None else terms.take(drawn).sum(1)))
     return np.concatenate(means)
+
+
+@functools.lru_cache(maxsize=2)
+def _drawn_weights(questions: int, seed: int) -> NDArray[np.float64]:
+    """How often each question is in each of ``RESAMPLES`` draws, ``[RESAMPLES, questions]``."""
+    generator = np.random.default_rng(seed)
+    drawn = (generator.integers(questions, size=questions, dtype=np.int32) for _ in range(RESAMPLES))
+    return np.stack([np.bincount(each, minlength=questions) for each in drawn]).astype(np.float64)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qstar.evaluation import intervals
-from qstar.evaluation.intervals import Changes, Interval, bootstrap, changes, paired, wilson
+from qstar.evaluation.intervals import Changes, Interval, bootstrap, bootstrap_columns, changes, paired, wilson
 
 
 def some(n: int, seed: int = 0) -> np.ndarray:
@@ -87,6 +87,29 @@ def test_sums_with_counts_have_the_interval_of_all_their_terms():
     low, high = bootstrap([100.0, 0.0, 0.0], counts=[100, 1, 1])
     assert low == 0 and high == 1
     assert bootstrap([*values, 0.0], counts=[4] * 9 + [0]) == bootstrap(values, counts=[4] * 9)
+
+
+def test_columns_have_the_intervals_that_each_has_by_itself():
+    """Where all questions have terms: as many draws, though others; so to about a hundredth of the width."""
+    counts = np.stack([np.ones(80), np.full(80, 4.0), np.arange(80) % 3 + 1.0], axis=1)
+    sums = np.stack([some(80), 4 * some(80), some(80, seed=1) * counts[:, 2]], axis=1)
+    found = bootstrap_columns(sums, counts)
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+    for each, column, terms in zip(found, sums.T, counts.T, strict=True):
+        expected = bootstrap(column, counts=terms)
+        assert each == pytest.approx(expected, abs=0.03 * (expected.high - expected.low))
+
+
+def test_questions_without_terms_leave_a_columns_mean_alone_and_one_question_says_nothing():
+    kind = np.arange(200) % 4 == 0
+    sums = np.stack([np.where(kind, some(200), 0.0), np.arange(200) == 5, np.zeros(200)], axis=1)
+    counts = np.stack([kind, np.arange(200) == 5, np.zeros(200)], axis=1)
+    several, one, none = bootstrap_columns(sums, counts)
+    expected = bootstrap(some(200)[kind])
+    assert several == pytest.approx(expected, abs=0.1 * (expected.high - expected.low))
+    assert all(map(isnan, (*one, *none)))
+    with pytest.raises(ValueError, match=r"sums have shape \(3,\) and counts \(3,\), but they must be \[n, c\]"):
+        bootstrap_columns([1.0, 2.0, 3.0], [1, 1, 1])
 
 
 def test_a_paired_interval_is_that_of_the_differences():
