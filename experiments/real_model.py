@@ -120,7 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Of the training.")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="To train.")
     parser.add_argument("--time-limit", type=float, help="Seconds, in which nothing is begun that cannot end.")
-    parser.add_argument("--checkpoint-steps", type=int, default=0, help="Write checkpoints; 0 for none.")
+    parser.add_argument(
+        "--checkpoint-steps", type=int, default=25, help="Write a checkpoint every so many steps; 0 for none. (25)"
+    )
     parser.add_argument("--threads", type=int, help="Of the CPU.")
     parser.add_argument("--summarize", action="store_true", help="Only write the summary of what is there.")
     add_settings(parser, RealModelSettings)
