@@ -84,6 +84,12 @@ class LanguageHead:
         options = self._options | dict(temperature=temperature, product_dtype=self.dtype)
         return linear_log_prob(self._operand(hidden), self.weight, targets, **options)
 
+    def entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Entropies ``[R]`` (fp32, nats) of the predictions at hidden ``[R, E]``; 0 for ignored targets ``[R]``."""
+        options = self._options | dict(return_entropy=True, product_dtype=self.dtype)
+        _, entropy = linear_log_prob(self._operand(hidden), self.weight, targets, **options)
+        return entropy
+
     def log_prob_sum(
         self, hidden: Tensor, targets: Tensor, row_weight: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,8 @@ def objective(
     reinforce_temperature: float,
     baseline: str = "mean",
     signed: bool = False,
+    likelihood_weight: float = 1.0,
+    entropy_weight: float = 0.0,
 ) -> dict[str, Tensor]:
     """The objective of one text with given thoughts.
 
@@ -58,9 +60,12 @@ def objective(
         reinforce_temperature: the log-probabilities of sampled tokens are taken at.
         baseline: ``mean``, ``leave_one_out`` or ``base``, as in :func:`qstar.learning.advantages`.
         signed: learn from thoughts that did worse as well.
+        likelihood_weight: of the likelihood of the text.
+        entropy_weight: of the bonus for the policy's entropy.
 
     Returns:
-        Scalars ``loss``, ``nll_base``, ``nll_talk`` and ``policy_loss``, with gradients.
+        Scalars ``loss``, ``nll_base``, ``nll_talk`` and ``policy_loss``, and ``policy_entropy`` where it has a weight,
+        with gradients.
     """
     count, ahead = len(tokens), model.qstar.ahead_tokens
     rationales, length = thoughts.shape[1:]
@@ -70,15 +75,20 @@ def objective(
     base = hidden_states(model, tokens)
     log_base = [logits(model, base[i]).log_softmax(-1)[tokens[i + 1]] for i in range(count - 1)]
 
-    # With each thought: log p_talk of the tokens ahead, and the mean log-probability of the thought itself.
+    # With each thought: log p_talk of the tokens ahead, the mean log-probability of the thought itself, and the mean
+    # entropy of what its tokens are drawn from.
     log_talk: dict[tuple[int, int, int], Tensor] = {}
     log_policy: dict[tuple[int, int], Tensor] = {}
+    entropy: dict[tuple[int, int], Tensor] = {}
     for i in range(count):
         for p in range(rationales):
             alone = torch.cat([tokens[: i + 1], start, thoughts[i, p], end, tokens[i + 1 : i + ahead]])
             states = hidden_states(model, alone)[i + 1 :]
             sampled = (logits(model, states[:length]) / reinforce_temperature).log_softmax(-1)
             log_policy[i, p] = sampled.gather(-1, thoughts[i, p][:, None]).mean()
+            drawn_from = logits(model, states[:length]).log_softmax(-1)
+            log_p = drawn_from.masked_fill(drawn_from == -torch.inf, 0)  # p log p is 0 where p is
+            entropy[i, p] = -(drawn_from.exp() * log_p).sum(-1).mean()
             for k in range(min(ahead, count - 1 - i)):
                 mixed = mix(model, base[i + k], states[length + 1 + k])
                 log_talk[i, p, k] = logits(model, mixed).log_softmax(-1)[tokens[i + k + 1]]
@@ -101,9 +111,12 @@ def objective(
             advantage = (scores[p] - average).detach()
             terms.append((advantage if signed else advantage.clamp(min=0)) * log_policy[i, p])
     policy_loss = -torch.stack(terms).mean()
+    policy_entropy = torch.stack([entropy[i, p] for i in range(count - ahead) for p in range(rationales)]).mean()
+    loss = likelihood_weight * (nll_base + nll_talk) / 2 + policy_weight * policy_loss
     return {
-        "loss": (nll_base + nll_talk) / 2 + policy_weight * policy_loss,
+        "loss": loss - entropy_weight * policy_entropy if entropy_weight else loss,
         "nll_base": nll_base,
         "nll_talk": nll_talk,
         "policy_loss": policy_loss,
+        **({"policy_entropy": policy_entropy} if entropy_weight else {}),
     }

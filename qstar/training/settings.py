@@ -95,6 +95,10 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
         1.0,
         "beta: weight of the REINFORCE loss. With the 1e6 of the authors' code the gradient clip throttles all else.",
     )
+    likelihood_weight: float = setting(
+        1.0, "Weight of the likelihood of the text, without thoughts and with; 0 learns from the reward alone."
+    )
+    entropy_weight: float = setting(0.0, "Weight of a bonus for the entropy of a thought's tokens, nats; 0 for none.")
     thought_temperature: float = setting(1.0, "Thoughts are sampled at this temperature.")
     reinforce_temperature: float = setting(3.0, "Log-probabilities of sampled tokens are taken at this temperature.")
     baseline: str = setting("mean", "What a thought is compared with.", choices=list(BASELINES))
@@ -198,6 +202,8 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
         """The objective that these settings describe."""
         return Objective(
             policy_weight=self.policy_weight,
+            likelihood_weight=self.likelihood_weight,
+            entropy_weight=self.entropy_weight,
             temperature=self.thought_temperature,
             reinforce_temperature=self.reinforce_temperature,
             baseline=self.baseline,

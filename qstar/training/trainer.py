@@ -35,7 +35,7 @@ from qstar.training.finite import MOST_SKIPPED, not_finite, not_finite_before_a_
 from qstar.training.hub import push_checkpoint
 from qstar.training.inspections import HeldOut, InspectSteps
 from qstar.training.memory import evaluation_advice, explained, inspection_advice, training_advice
-from qstar.training.saving import CheckpointTrainer
+from qstar.training.rates import RatesTrainer
 from qstar.training.settings import QuietStarArguments
 from qstar.training.sharding import in_step
 from qstar.training.thought_statistics import ThoughtStatistics
@@ -45,12 +45,15 @@ from qstar_kernels import cpu_products
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-LOGGED = ("likelihood_loss", "policy_loss", "nll_base", "nll_talk", "reward", "rewarded", "mixing_weight")
+LOGGED = (
+    *("likelihood_loss", "policy_loss", "policy_entropy", "nll_base", "nll_talk"),
+    *("reward", "rewarded", "mixing_weight"),
+)
 SHOWN_TOKENS = 256  # of a text whose thoughts are shown, at most
 IGNORED_HOOKS = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
 
 
-class QuietStarTrainer(CheckpointTrainer):
+class QuietStarTrainer(RatesTrainer):
     """transformers' Trainer for a model from :func:`qstar.wrap`.
 
     Every logged value also goes to ``metrics.jsonl`` in the output folder. Rows are dictionaries of ``input_ids`` and
@@ -95,6 +98,7 @@ class QuietStarTrainer(CheckpointTrainer):
         if args.inspect_steps:
             self.add_callback(InspectSteps(self._inspect, self.eval_dataset, tokenizer, args))
         self.objective: Objective = args.objective()
+        self.objective.check(model)
         if self.is_deepspeed_enabled:
             self.objective = replace(self.objective, max_grid_tokens=None)
         elif self.is_fsdp_enabled and isinstance(self.data_collator, PadRight):
@@ -141,7 +145,8 @@ class QuietStarTrainer(CheckpointTrainer):
                 f"training stops; checkpoints are as they were. To go on, {what_to_try(wrong[0])}"
             ) from error
         for name in LOGGED:
-            self._add_up(name, getattr(output, name).detach())
+            if (value := getattr(output, name)) is not None:
+                self._add_up(name, value.detach())
         holds_text = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         self._thoughts.append((output.thoughts, holds_text))
         if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice():
@@ -339,29 +344,6 @@ class QuietStarTrainer(CheckpointTrainer):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 file.write(json.dumps(finite_or_none(record), allow_nan=False) + "\n")
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer; mixing head, thought embeddings and adapters in groups of their own."""
-        if self.optimizer is not None:
-            return self.optimizer
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        named = dict(cast(nn.Module, self.model if model is None else model).named_parameters())
-        head = [p for name, p in named.items() if "qstar_mixing_head" in name and p.requires_grad]
-        embeddings = [p for name, p in named.items() if name.endswith(("qstar_start", "qstar_end")) and p.requires_grad]
-        lora = [p for name, p in named.items() if ".lora_" in name and p.requires_grad]
-        mine = {id(p) for p in head + embeddings + lora}
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in mine]
-        for params, factor, decay in (
-            (head, self.args.mixing_head_lr_factor, 0.0),
-            (embeddings, self.args.thought_embedding_lr_factor, 0.0),
-            (lora, self.args.lora_lr_factor, self.args.weight_decay),
-        ):
-            if params:
-                optimizer.add_param_group(
-                    {"params": params, "lr": self.args.learning_rate * factor, "weight_decay": decay}
-                )
-        return optimizer
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Every row once: no process takes rows again so as to have as many as another."""

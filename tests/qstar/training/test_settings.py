@@ -91,6 +91,8 @@ def test_the_objective_is_what_the_settings_say(tmp_path):
         use_cpu=True,
         report_to="none",
         policy_weight=0.5,
+        likelihood_weight=0.3,
+        entropy_weight=0.02,
         thought_temperature=0.7,
         reinforce_temperature=2.0,
         baseline="leave_one_out",
@@ -99,6 +101,7 @@ def test_the_objective_is_what_the_settings_say(tmp_path):
     objective = args.objective()
     values = (objective.policy_weight, objective.temperature, objective.reinforce_temperature)
     assert values == (0.5, 0.7, 2.0)
+    assert (objective.likelihood_weight, objective.entropy_weight) == (0.3, 0.02)
     assert (objective.baseline, objective.signed) == ("leave_one_out", True)
     assert args.folder == tmp_path
 
