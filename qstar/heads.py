@@ -51,6 +51,17 @@ class MixingHead(nn.Module):
         return mix_hidden(base.to(dtype), thought.to(dtype), features, weight, base_index=base_index, sigmoid=sigmoid)
 
 
+class ThoughtAlone(nn.Module):
+    """In the place of a mixing head where there is none: the weight of every thought is 1, and nothing learns."""
+
+    def forward(
+        self, base: Tensor, thought: Tensor, base_index: Tensor, sigmoid: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`MixingHead.forward`: the states after the thoughts, and ones."""
+        states = thought.to(torch.promote_types(thought.dtype, torch.float32))
+        return states, torch.ones_like(states[:, 0])
+
+
 @dataclass(frozen=True)
 class LanguageHead:
     """The output head as the ops take it: ``z = softcap(logit_scale * (h W^T + bias))``, thought tokens forbidden.

@@ -14,6 +14,7 @@ from torch.profiler import record_function
 from transformers.utils import ModelOutput
 
 from qstar.grid import IGNORED, Counts, ThoughtGrid
+from qstar.heads import MixingHead
 from qstar.model import QuietStarModel
 from qstar.talking import Talk, read_batch, talk
 from qstar.thinking import think
@@ -174,6 +175,13 @@ class Objective:
             )
         if model.qstar.pauses and not self.likelihood_weight:
             raise ValueError("likelihood_weight is 0, but the thoughts are pauses, which learn by the likelihood alone")
+        head = model.qstar_mixing_head
+        at_zero = isinstance(head, MixingHead) and not model.qstar.sigmoid and not head.output.weight.any()
+        if at_zero and not self.likelihood_weight:
+            raise ValueError(
+                "likelihood_weight is 0, but the mixing head starts at zero and learns by the likelihood alone, so "
+                "that no thought would ever be rewarded: set mixing_head=False"
+            )
 
     def advantage(self, spoken: Talk, grid: ThoughtGrid) -> Tensor:
         """The detached advantages ``[B, N, r]`` of the thoughts; clamped at 0 unless signed."""

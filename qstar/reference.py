@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qstar.heads import ThoughtAlone
 from qstar.model import QuietStarModel
 
 
@@ -31,8 +32,13 @@ def logits(model: QuietStarModel, hidden: Tensor) -> Tensor:
 
 
 def mix(model: QuietStarModel, u: Tensor, g: Tensor) -> Tensor:
-    """``(1 - w) u + w g``, the weight by the mixing head's MLP on both states ``[E]`` (paper, section 4.4)."""
+    """``(1 - w) u + w g``, the weight by the mixing head's MLP on both states ``[E]`` (paper, section 4.4).
+
+    Without a mixing head w is 1.
+    """
     head = model.qstar_mixing_head
+    if isinstance(head, ThoughtAlone):
+        return g
     w = head.output(torch.relu(head.hidden(torch.relu(head.input(torch.cat([u, g]))))))
     w = torch.sigmoid(w) if model.qstar.sigmoid else w
     return (1 - w) * u + w * g

@@ -116,12 +116,16 @@ def model_card(
         **metadata,
     )
     began = {"Model": sources.model, "Trained on": sources.dataset, "Held out": sources.eval_dataset}
+    said = (
+        "to mix what it would say after the thought with what it would say without"
+        if model.qstar.mixing_head
+        else "to say what follows from it"
+    )
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name or args.folder.resolve().name}",
         f"A {type(model).__bases__[-1].__name__} that thinks before it speaks: it was trained by "
-        f"[Quiet-STaR]({PAPER}) to write a thought after every token of a text, and to mix what it would say after the "
-        "thought with what it would say without.",
+        f"[Quiet-STaR]({PAPER}) to write a thought after every token of a text, and {said}.",
         "\n".join([*(f"- {what}: {source.words}" for what, source in began.items() if source), f"- Steps: {steps:,}"]),
         f"## Settings\n\nThose that are not the defaults, or matter most:\n\n```yaml\n{settings_of(model, args)}```",
     ]
@@ -180,8 +184,9 @@ output = model.generate(**prompt, max_new_tokens=8)
 print(tokenizer.decode(output[0]))
 ```
 
-Without that package, as the decoder that it is. It does not think then: `{MIXING_HEAD_FILE}` is not read, and the
-embeddings of the tokens that open and close a thought are rows of its vocabulary like others.
+Without that package, as the decoder that it is. It does not think then: the mixing head, `{MIXING_HEAD_FILE}`, is not
+read where there is one, and the embeddings of the tokens that open and close a thought are rows of its vocabulary like
+others.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

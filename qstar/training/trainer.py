@@ -99,6 +99,11 @@ class QuietStarTrainer(RatesTrainer):
             self.add_callback(InspectSteps(self._inspect, self.eval_dataset, tokenizer, args))
         self.objective: Objective = args.objective()
         self.objective.check(model)
+        if not model.qstar.mixing_head and args.mixing_head_lr_factor != QuietStarArguments.mixing_head_lr_factor:
+            raise ValueError(
+                f"mixing_head_lr_factor is {args.mixing_head_lr_factor}, but the model has no mixing head: it would be "
+                "ignored"
+            )
         if self.is_deepspeed_enabled:
             self.objective = replace(self.objective, max_grid_tokens=None)
         elif self.is_fsdp_enabled and isinstance(self.data_collator, PadRight):

@@ -67,6 +67,26 @@ def test_every_baseline_is_that_of_the_specification(baseline, signed, sigmoid):
         assert relative(getattr(ours, name), value) <= 1e-12, name
 
 
+@pytest.mark.parametrize("rationales", [1, 2])
+def test_without_a_mixing_head_the_state_after_the_thought_predicts_alone(rationales):
+    """Values and gradients, exactly: GPT-2 computes in float64."""
+    settings = dict(mixing=False, mixing_head=False, thought_tokens=2, ahead_tokens=3, rationales=rationales)
+    model = tiny.thinking_model("gpt2", dtype=torch.float64, **settings)
+    assert not any("mixing_head" in name for name, _ in model.named_parameters())
+    tokens, thoughts = tiny.text(1, 7), tiny.random_thoughts(model, 1, 7)
+    options = dict(policy_weight=1.3, reinforce_temperature=1.0, baseline="leave_one_out", signed=True)
+    ours = Objective(**options, likelihood_weight=0.0)(model, tokens, thoughts=thoughts)
+    our_gradients = gradients(model, ours.loss)
+    model.set_attn_implementation("eager")
+    plain = reference.objective(model, tokens[0], thoughts[0], **options, likelihood_weight=0.0)
+    plain_gradients = gradients(model, plain["loss"])
+    assert plain["policy_loss"].item() != 0 and ours.mixing_weight.item() == 1
+    for name, value in plain.items():
+        assert relative(getattr(ours, name), value) <= 1e-12, name
+    for name, gradient in our_gradients.items():
+        assert relative(gradient, plain_gradients[name]) <= 1e-12, name
+
+
 @pytest.mark.parametrize("likelihood_weight", [0.0, 0.4])
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.6])
 def test_the_weights_of_likelihood_and_entropy_are_those_of_the_specification(likelihood_weight, entropy_weight):
@@ -269,3 +289,11 @@ def test_what_would_do_nothing_for_pauses_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Objective(**settings).check(tiny.thinking_model(pauses=True))
     Objective(**settings).check(tiny.thinking_model())
+
+
+def test_a_mixing_head_that_could_never_learn_is_refused():
+    objective = Objective(likelihood_weight=0.0)
+    with pytest.raises(ValueError, match="the mixing head starts at zero and learns by the likelihood alone"):
+        objective.check(tiny.thinking_model(mixing=False))
+    for settings in (dict(sigmoid=True), dict(mixing_head=False)):
+        objective.check(tiny.thinking_model(mixing=False, **settings))
