@@ -15,14 +15,17 @@ from qstar.config import ThoughtSettings, setting_names
 from qstar.model import MIXING_HEAD_FILE, QuietStarModel
 from qstar.training.config_file import default_of, typed_fields, written
 from qstar.training.curves import CURVES_FILE
-from qstar.training.settings import QuietStarArguments
+from qstar.training.settings import OF_PRESET, QuietStarArguments
 
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 TAG = "quiet-star"
 PAPER = "https://arxiv.org/abs/2403.09629"
-ALWAYS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seq_length", "policy_weight")
+ALWAYS = (
+    *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seq_length", "policy_weight"),
+    *("preset", *OF_PRESET),
+)
 NOT_OF_THE_MODEL = (  # settings of the place where it was trained
     *("output_dir", "use_cpu", "disable_tqdm", "report_to", "run_name", "curves", "gradient_checkpointing"),
     *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "accelerator_config"),
