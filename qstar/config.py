@@ -56,6 +56,11 @@ class ThoughtSettings:
     start_init: str | None = setting("---", "Text whose embedding the start token begins with; empty for the mean.")
     end_init: str | None = setting("---", "Text whose embedding the end token begins with; empty for the mean.")
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """K, m and r by their names."""
+        return {name: getattr(self, name) for name in SIZES}
+
     def __post_init__(self) -> None:
         for name in SIZES:
             value = getattr(self, name)

@@ -164,7 +164,7 @@ def settings_of(model: QuietStarModel, args: QuietStarArguments) -> str:
     for each, _ in typed_fields(QuietStarArguments):
         value, default = getattr(args, each.name), default_of(each)
         value = getattr(value, "value", value)  # of an enum
-        changed = value != default and bool(value or default) and isinstance(value, (bool, int, float, str, dict))
+        changed = value != default and bool(value or default) and isinstance(value, (bool, int, float, str, dict, list))
         if each.name in ALWAYS or (changed and each.name not in NOT_OF_THE_MODEL):
             shown[each.name] = value
     return written(shown, {}, (ThoughtSettings, QuietStarArguments), full=False)

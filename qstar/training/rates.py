@@ -1,17 +1,107 @@
-"""transformers' Trainer with a learning rate for each kind of parameter."""
+"""transformers' Trainer with a learning rate for each kind of parameter, and for each stage of a curriculum."""
 
 from __future__ import annotations
 
-from typing import cast
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SchedulerType, TrainOutput
 
+from qstar.model import QuietStarModel
 from qstar.training.saving import CheckpointTrainer
+from qstar.training.settings import QuietStarArguments
+from qstar.training.stages import Curriculum, Stage
 
 
 class RatesTrainer(CheckpointTrainer):
-    """The Trainer whose new parameters, those of the mixing head and the thoughts, learn at rates of their own."""
+    """The Trainer whose new parameters, those of the mixing head and the thoughts, learn at rates of their own.
+
+    Attributes:
+        curriculum: the stages of the run, in which nothing is None; None where it has none.
+    """
+
+    def __init__(self, model: QuietStarModel, args: QuietStarArguments, **kwargs: Any):
+        super().__init__(model, args, **kwargs)
+        self.curriculum = self._resolved(model.qstar.sizes) if args.curriculum else None
+
+    def _resolved(self, sizes: dict[str, int]) -> Curriculum:
+        """The curriculum of the settings, which from now on say all of it; what cannot be trained is refused."""
+        curriculum = cast(Curriculum, self.args.curriculum).resolved(**sizes, learning_rate=self.args.learning_rate)
+        self.args.stages = curriculum.described()
+        for stage in curriculum.stages:
+            self.thinking_model.grid(self.args.seq_length, **stage.sizes)  # which checks that it has the positions
+            self._schedule(stage)
+        return curriculum
+
+    def _schedule(self, stage: Stage) -> Callable[[int], float]:
+        """The learning rate of a stage's updates, counted from 0, over the run's."""
+        rate, args = cast(float, stage.learning_rate), self.args
+        scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=rate),
+            num_warmup_steps=args.get_warmup_steps(stage.steps),
+            num_training_steps=stage.steps,
+            scheduler_specific_kwargs=cast(Any, args.lr_scheduler_kwargs),
+        )
+        if not isinstance(scheduler, LambdaLR):
+            kind = SchedulerType(args.lr_scheduler_type).value
+            raise ValueError(
+                f"lr_scheduler_type is {kind!r}, but with stages it must be one whose rate depends on the step alone"
+            )
+        [factor] = scheduler.lr_lambdas
+        return lambda step: factor(step) * rate / args.learning_rate
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The Trainer's schedule; with a curriculum that of each stage, one after the other."""
+        if self.curriculum is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        curriculum = self.curriculum
+        schedules = [self._schedule(stage) for stage in curriculum.stages]
+
+        def factor(step: int) -> float:
+            number, begin = curriculum.find(step)
+            return schedules[number](step - begin)
+
+        self.lr_scheduler = LambdaLR(cast(Any, self.optimizer if optimizer is None else optimizer), factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def enter(self, step: int) -> None:
+        """Give the model the sizes of the stage that update ``step``, counted from 0, is made in."""
+        if self.curriculum is not None:
+            model = self.thinking_model
+            model.qstar = replace(model.qstar, **self.curriculum.at(step).sizes)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, see :meth:`CheckpointTrainer.train`; the model ends with the sizes of the last stage."""
+        self.enter(0)
+        return super().train(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text())
+        self.enter(state["global_step"])
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Any]:
+        """The batches of one update, which begins its stage where it is the first of one."""
+        self.enter(self.state.global_step)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the number of the stage, from 1, that the last update was made in."""
+        if self.curriculum is not None:
+            logs["stage"] = self.curriculum.find(max(self.state.global_step - 1, 0))[0] + 1
+        super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer; mixing head, thought embeddings and adapters in groups of their own."""

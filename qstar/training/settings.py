@@ -17,6 +17,7 @@ from qstar.learning import BASELINES, Objective
 from qstar.training.finite import POLICIES
 from qstar.training.lora import LoraSettings
 from qstar.training.parallelism import check_launch
+from qstar.training.stages import Curriculum, read_stages
 from qstar_kernels import CPU_LIBRARIES
 
 _OURS = "the losses and the evaluation are Quiet-STaR's own, which have no use for it"
@@ -96,6 +97,12 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
     dataset_split: str = setting("train", "Split of a hub dataset to train on.")
     eval_config: str | None = setting(None, "Configuration of a hub dataset that is held out.")
     eval_split: str = setting("test", "Split of a hub dataset that is held out.")
+    stages: list[Any] | str | None = setting(
+        None,
+        "A curriculum: for each stage its steps and what else differs from the stage before, thought_tokens, "
+        "ahead_tokens, rationales, learning_rate; JSON, or the name of a .json file. The schedule of the learning rate "
+        "is over the steps of each stage.",
+    )
     policy_weight: float = setting(
         1.0,
         "beta: weight of the REINFORCE loss. With the 1e6 of the authors' code the gradient clip throttles all else.",
@@ -178,6 +185,8 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.curriculum is not None:
+            self._check_stages(self.curriculum)
         limit = self.max_grid_tokens
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
             raise ValueError(f"max_grid_tokens is {limit!r}, but it must be an integer of at least 0, or None")
@@ -227,6 +236,24 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
         if self.thought_temperature < 0:
             raise ValueError(f"thought_temperature is {self.thought_temperature}, but it must be at least 0")
         self.objective()  # which checks the others
+
+    def _check_stages(self, curriculum: Curriculum) -> None:
+        """Take the number of steps from the stages; refuse another one."""
+        self.stages = curriculum.described()
+        if self.max_steps not in (-1, curriculum.steps):
+            raise ValueError(
+                f"max_steps is {self.max_steps!r}, but the stages have {curriculum.steps} steps: leave it out"
+            )
+        if self.num_train_epochs != TrainingArguments.num_train_epochs:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}, but the stages say how long: leave it out")
+        if self.learning_rate == 0:
+            raise ValueError("learning_rate is 0, but with stages it must be above 0")
+        self.max_steps = curriculum.steps
+
+    @property
+    def curriculum(self) -> Curriculum | None:
+        """The stages as they are given; None where there are none."""
+        return None if self.stages is None else read_stages(self.stages)
 
     @property
     def folder(self) -> Path:

@@ -18,7 +18,6 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
-from qstar.config import SIZES
 from qstar.data import PadRight
 from qstar.evaluation.held_out import evaluate_rows
 from qstar.evaluation.tables import finite_or_none
@@ -127,11 +126,12 @@ class QuietStarTrainer(RatesTrainer):
             OutOfMemory: a step does not fit in memory, with the settings to lower.
             FloatingPointError: the loss or a gradient is not finite.
         """
-        thoughts = self.thinking_model.qstar
-        sizes = {name: getattr(thoughts, name) for name in SIZES}
-        grid, at_once = ThoughtGrid(self.args.seq_length, **sizes), self.objective.max_grid_tokens
-        advice = explained(lambda: training_advice(self.args, grid, at_once))
-        with advice, cpu_products(self.args.cpu_products):
+
+        def advice() -> str:
+            grid = ThoughtGrid(self.args.seq_length, **self.thinking_model.qstar.sizes)
+            return training_advice(self.args, grid, self.objective.max_grid_tokens)
+
+        with explained(advice), cpu_products(self.args.cpu_products):
             return super().train(*args, **kwargs)
 
     def compute_loss(
