@@ -38,6 +38,9 @@ class QuietStarOutput(ModelOutput):
         mixing_weight: mean weight of the thoughts.
         policy_entropy: mean entropy of the distribution that a sampled token is drawn from, at temperature 1, nats;
             None where it has no weight in the loss.
+        divergence: of the prediction without a thought from that with thoughts, nats, where a stage distils, see
+            :class:`qstar.distilling.Distillation`; ``likelihood_loss``, ``policy_loss``, ``reward`` and ``rewarded``
+            are None there.
         thoughts: sampled tokens, ``[B, N, r, K]`` int64.
     """
 
@@ -50,7 +53,14 @@ class QuietStarOutput(ModelOutput):
     rewarded: Tensor = UNSET
     mixing_weight: Tensor = UNSET
     policy_entropy: Tensor | None = None
+    divergence: Tensor | None = None
     thoughts: Tensor = UNSET
+
+
+def never_counts(model: QuietStarModel) -> bool:
+    """Whether no thought changes a prediction: the mixing head is as it starts, and its weight 0 for all of them."""
+    head = model.qstar_mixing_head
+    return isinstance(head, MixingHead) and not model.qstar.sigmoid and not bool(head.output.weight.any())
 
 
 def advantages(scores: Tensor, base_scores: Tensor, baseline: str) -> Tensor:
@@ -175,9 +185,7 @@ class Objective:
             )
         if model.qstar.pauses and not self.likelihood_weight:
             raise ValueError("likelihood_weight is 0, but the thoughts are pauses, which learn by the likelihood alone")
-        head = model.qstar_mixing_head
-        at_zero = isinstance(head, MixingHead) and not model.qstar.sigmoid and not head.output.weight.any()
-        if at_zero and not self.likelihood_weight:
+        if not self.likelihood_weight and never_counts(model):
             raise ValueError(
                 "likelihood_weight is 0, but the mixing head starts at zero and learns by the likelihood alone, so "
                 "that no thought would ever be rewarded: set mixing_head=False"

@@ -1,8 +1,8 @@
-"""The objective in plain loops: what ``talking.py`` and ``learning.py`` compute, to be read beside the paper.
+"""The objectives in plain loops: what ``talking.py``, ``learning.py`` and ``distilling.py`` compute.
 
-A plain causal pass of the model for every thought, no thought grid, no packed pass, no cache, no op of ours. It is the
-specification that the tests hold the product against, and far too slow for anything else. Names are the paper's:
-``u`` base state, ``g`` state after the thought, ``w`` mixing weight.
+To be read beside the paper: a plain causal pass of the model for every thought, no thought grid, no packed pass, no
+cache, no op of ours. It is the specification that the tests hold the product against, and far too slow for anything
+else. Names are the paper's: ``u`` base state, ``g`` state after the thought, ``w`` mixing weight.
 """
 
 from __future__ import annotations
@@ -42,6 +42,35 @@ def mix(model: QuietStarModel, u: Tensor, g: Tensor) -> Tensor:
     w = head.output(torch.relu(head.hidden(torch.relu(head.input(torch.cat([u, g]))))))
     w = torch.sigmoid(w) if model.qstar.sigmoid else w
     return (1 - w) * u + w * g
+
+
+def distillation(model: QuietStarModel, tokens: Tensor, thoughts: Tensor) -> Tensor:
+    """The divergence of the prediction without a thought from that with thoughts, of one text with given thoughts.
+
+    The mean over the positions of KL(q || p), q being what is predicted after each thought, averaged in probability
+    over the rationales, and p what is predicted without; q carries no gradient.
+
+    Args:
+        model: the model; its attention may be any that transformers has.
+        tokens: the text x, ``[N]`` int64.
+        thoughts: sampled tokens, ``[N, r, K]`` int64.
+
+    Returns:
+        A scalar, nats, with its gradient.
+    """
+    start, end = tokens.new_tensor([model.qstar.start_token_id]), tokens.new_tensor([model.qstar.end_token_id])
+    base = hidden_states(model, tokens)
+    divergences = []
+    for i in range(len(tokens) - 1):
+        after = []
+        for thought in thoughts[i]:
+            state = hidden_states(model, torch.cat([tokens[: i + 1], start, thought, end]))[-1]
+            after.append(logits(model, mix(model, base[i], state)).softmax(-1))
+        q = torch.stack(after).mean(0).detach()
+        log_p = logits(model, base[i]).log_softmax(-1)
+        said = q > 0
+        divergences.append((q[said] * (q[said].log() - log_p[said])).sum())
+    return torch.stack(divergences).mean()
 
 
 def objective(

@@ -15,7 +15,8 @@ from transformers import get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType, TrainOutput
 
-from qstar.model import QuietStarModel
+from qstar.learning import never_counts
+from qstar.model import PREFIX, QuietStarModel
 from qstar.training.saving import CheckpointTrainer
 from qstar.training.settings import QuietStarArguments
 from qstar.training.stages import Curriculum, Stage
@@ -36,6 +37,8 @@ class RatesTrainer(CheckpointTrainer):
         """The curriculum of the settings, which from now on say all of it; what cannot be trained is refused."""
         curriculum = cast(Curriculum, self.args.curriculum).resolved(**sizes, learning_rate=self.args.learning_rate)
         self.args.stages = curriculum.described()
+        if curriculum.stages[0].distil and never_counts(self.thinking_model):
+            raise ValueError("stage 1 distils, but the mixing head starts at zero: there is nothing to distil yet")
         for stage in curriculum.stages:
             self.thinking_model.grid(self.args.seq_length, **stage.sizes)  # which checks that it has the positions
             self._schedule(stage)
@@ -79,6 +82,20 @@ class RatesTrainer(CheckpointTrainer):
         if self.curriculum is not None:
             model = self.thinking_model
             model.qstar = replace(model.qstar, **self.curriculum.at(step).sizes)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the update at hand is of a stage that distils."""
+        return self.curriculum is not None and self.curriculum.at(self.state.global_step).distil
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of a batch; a stage that distils leaves what makes the thoughts as it is."""
+        loss = super().training_step(*args, **kwargs)
+        if self.distils:
+            for name, parameter in self.thinking_model.named_parameters():
+                if name.startswith(PREFIX):
+                    parameter.grad = None  # one of 0 would let the optimizer's momentum move it
+        return loss
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, see :meth:`CheckpointTrainer.train`; the model ends with the sizes of the last stage."""

@@ -100,7 +100,7 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
     stages: list[Any] | str | None = setting(
         None,
         "A curriculum: for each stage its steps and what else differs from the stage before, thought_tokens, "
-        "ahead_tokens, rationales, learning_rate; JSON, or the name of a .json file. The schedule of the learning rate "
+        "ahead_tokens, rationales, learning_rate, distil; JSON, or the name of a .json file. The schedule of the learning rate "
         "is over the steps of each stage.",
     )
     policy_weight: float = setting(

@@ -26,6 +26,9 @@ class Stage:
         ahead_tokens: m.
         rationales: r.
         learning_rate: of the base model; the schedule, with its warm-up, is over the steps of the stage.
+        distil: teach the prediction without a thought what the model predicts with thoughts, see
+            :class:`qstar.distilling.Distillation`. No thought is rewarded in it; mixing head and thought embeddings
+            stay as they are.
     """
 
     steps: int
@@ -33,6 +36,7 @@ class Stage:
     ahead_tokens: int | None = None
     rationales: int | None = None
     learning_rate: float | None = None
+    distil: bool = False
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -46,6 +50,8 @@ class Stage:
             optional = value is None and size != "steps"
             if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: {size} is {value!r}, but it must be an integer of at least 1")
+        if not isinstance(self.distil, bool):
+            raise ValueError(f"{name}: distil is {self.distil!r}, but it must be True or False")
         rate = self.learning_rate
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0):
             raise ValueError(f"{name}: learning_rate is {rate!r}, but it must be a number above 0")
@@ -87,7 +93,10 @@ class Curriculum:
 
     def described(self) -> list[dict[str, Any]]:
         """The stages as JSON can hold them, and :func:`read_stages` takes them."""
-        return [{name: value for name, value in asdict(stage).items() if value is not None} for stage in self.stages]
+        return [
+            {name: value for name, value in asdict(stage).items() if value is not None and value is not False}
+            for stage in self.stages
+        ]
 
 
 def read_stages(given: Any) -> Curriculum:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
 from qstar.data import PadRight
+from qstar.distilling import Distillation
 from qstar.evaluation.held_out import evaluate_rows
 from qstar.evaluation.tables import finite_or_none
 from qstar.grid import Counts, ThoughtGrid
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 LOGGED = (
     *("likelihood_loss", "policy_loss", "policy_entropy", "nll_base", "nll_talk"),
-    *("reward", "rewarded", "mixing_weight"),
+    *("reward", "rewarded", "mixing_weight", "divergence"),
 )
 SHOWN_TOKENS = 256  # of a text whose thoughts are shown, at most
 IGNORED_HOOKS = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
@@ -154,7 +155,7 @@ class QuietStarTrainer(RatesTrainer):
                 self._add_up(name, value.detach())
         holds_text = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         self._thoughts.append((output.thoughts, holds_text))
-        if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice():
+        if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice() and not self.distils:
             self._log_gradient_norms(model, output)
         if self._due(self.args.sample_steps):
             sample = inputs | {"thoughts": output.thoughts}
@@ -246,15 +247,18 @@ class QuietStarTrainer(RatesTrainer):
         whole = self.args.world_size == 1 and not self.is_sharded
         return whole and not (self.args.gradient_checkpointing and reentrant)
 
-    def _objective_for(self, input_ids: Tensor) -> Objective:
+    def _objective_for(self, input_ids: Tensor) -> Objective | Distillation:
         """The objective with a seed for this step, and row numbers that no other batch of the step has."""
         step, batch = self._batch_of_step
         batch = batch + 1 if step == self.state.global_step else 0
         self._batch_of_step = (self.state.global_step, batch)
         positions = max(self.args.seq_length, input_ids.shape[1])
         rows = self.args.train_batch_size * positions * self.thinking_model.qstar.rationales
+        objective: Objective | Distillation = self.objective
+        if self.distils:
+            objective = Distillation(self.objective.temperature, max_grid_tokens=self.objective.max_grid_tokens)
         return replace(
-            self.objective,
+            objective,
             seed=(self.args.seed << 32) + self.state.global_step,
             row_offset=(batch * self.args.world_size + self.args.process_index) * rows,
             counts=self.counts,

@@ -219,6 +219,7 @@ def test_the_files_on_the_page_about_settings_are_read(tmp_path, called):
         Stage(steps=150),
         Stage(steps=150, thought_tokens=12, ahead_tokens=4),
         Stage(steps=150, thought_tokens=8, learning_rate=5e-7),
+        Stage(steps=100, distil=True),
     )
     (tmp_path / "run.yaml").write_text(block)
     assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0

@@ -7,7 +7,7 @@ import json
 import pytest
 import tiny
 import torch
-from tiny_runs import QUIET, records, texts, tiny_train
+from tiny_runs import QUIET, records, texts, tiny_train, unequal_rows
 
 from qstar import load
 from qstar.commands.main import main
@@ -109,6 +109,61 @@ def test_a_finished_run_is_taken_up_with_the_sizes_of_its_last_stage(tmp_path, u
     assert updates == [] and again.model.qstar == whole.model.qstar
 
 
+def test_a_last_stage_distils_and_leaves_what_makes_the_thoughts_as_it_is(tmp_path):
+    """Also the momentum of an optimizer that has moved it before; the log says how far the predictions differ."""
+    options = dict(max_steps=-1, logging_steps=1, gradient_norm_steps=1, learning_rate=1e-3, warmup_steps=0)
+    first = tiny_train(tmp_path / "first", stages=[dict(steps=4)], **options).model
+    stages = [dict(steps=4), dict(steps=3, distil=True)]
+    result = tiny_train(tmp_path / "both", stages=stages, save_strategy="steps", save_steps=5, **options)
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(tensor, first.state_dict()[name]) is name.startswith("qstar_"), name
+    logged = [record for record in records(result.folder) if "loss" in record]
+    assert [record["stage"] for record in logged] == [1] * 4 + [2] * 3
+    for record in logged[:4]:
+        assert "divergence" not in record and "likelihood_gradient_norm" in record
+    for record in logged[4:]:
+        assert record["divergence"] == pytest.approx(record["loss"]) and record["divergence"] > 0
+        assert not {"policy_loss", "reward", "likelihood_gradient_norm"} & record.keys()
+        assert {"nll_base", "nll_talk", "mixing_weight", "thought_entropy", "distinct_thoughts"} <= record.keys()
+    checkpoint = str(result.folder / "checkpoint-5")
+    again = tiny_train(
+        result.folder, stages=stages, save_strategy="steps", save_steps=5, resume_from_checkpoint=checkpoint, **options
+    )
+    assert all(torch.equal(again.model.state_dict()[name], x) for name, x in result.model.state_dict().items())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_update_that_distils_is_the_same_however_it_is_split_into_batches(batch_size, tmp_path):
+    results = []
+    for size in (4, batch_size):
+        model = tiny.thinking_model(thought_tokens=2, ahead_tokens=2)
+        options = QUIET | dict(logging_steps=1, max_grad_norm=1e9, optim="sgd", learning_rate=0.1, warmup_steps=0)
+        args = QuietStarArguments(
+            str(tmp_path / str(size)),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            train_sampling_strategy="sequential",
+            stages=[dict(steps=2, distil=True)],
+            **options,
+        )
+        QuietStarTrainer(model, args, train_dataset=unequal_rows()).train()
+        results.append((model.state_dict(), [r for r in records(args.folder) if "loss" in r]))
+    (whole, whole_log), (split, split_log) = results
+    start = tiny.thinking_model(thought_tokens=2, ahead_tokens=2).state_dict()
+    for name, weight in whole.items():
+        moved = (weight - start[name]).norm()
+        assert (split[name] - weight).norm() <= 1e-4 * moved, name
+        assert (moved > 0) is not name.startswith("qstar_"), name
+    for ours, theirs in zip(split_log, whole_log, strict=True):
+        for name in ("loss", "divergence", "nll_base", "nll_talk", "mixing_weight"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+def test_there_is_nothing_to_distil_before_the_mixing_head_has_learned(tmp_path):
+    with pytest.raises(ValueError, match="stage 1 distils, but the mixing head starts at zero"):
+        tiny_train(tmp_path / "run", max_steps=-1, stages=[dict(steps=1, distil=True)])
+
+
 def test_an_update_of_a_stage_is_found_by_its_number():
     curriculum = Curriculum((Stage(steps=2), Stage(steps=1), Stage(steps=3)))
     assert curriculum.steps == 6
@@ -126,6 +181,7 @@ def test_an_update_of_a_stage_is_found_by_its_number():
         ([dict(steps=2.0)], "stage 1: steps is 2.0, but it must be an integer of at least 1"),
         ([dict(steps=1, thought_tokens=0)], "stage 1: thought_tokens is 0, but it must be an integer of at least 1"),
         ([dict(steps=1, rationales=True)], "stage 1: rationales is True, but it must be an integer of at least 1"),
+        ([dict(steps=1, distil=1)], "stage 1: distil is 1, but it must be True or False"),
         ([dict(steps=1, learning_rate="1e-3")], "stage 1: learning_rate is '1e-3', but it must be a number above 0"),
         ([dict(steps=1, learning_rate=0)], "stage 1: learning_rate is 0, but it must be a number above 0"),
     ],
