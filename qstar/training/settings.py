@@ -99,9 +99,9 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
     eval_split: str = setting("test", "Split of a hub dataset that is held out.")
     stages: list[Any] | str | None = setting(
         None,
-        "A curriculum: for each stage its steps and what else differs from the stage before, thought_tokens, "
-        "ahead_tokens, rationales, learning_rate, distil; JSON, or the name of a .json file. The schedule of the learning rate "
-        "is over the steps of each stage.",
+        "A curriculum: for each stage its steps and what differs from the stage before, thought_tokens, ahead_tokens, "
+        "rationales, learning_rate, and whether it is to distil the prediction with thoughts into the one without; "
+        "JSON, or the name of a .json file. The schedule of the learning rate is over the steps of each stage.",
     )
     policy_weight: float = setting(
         1.0,
