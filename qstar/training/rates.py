@@ -31,6 +31,8 @@ class RatesTrainer(CheckpointTrainer):
 
     def __init__(self, model: QuietStarModel, args: QuietStarArguments, **kwargs: Any):
         super().__init__(model, args, **kwargs)
+        if self.is_deepspeed_enabled and args.curriculum:
+            raise ValueError("stages is set, but with DeepSpeed it must not be: stages have not been tried with it")
         self.curriculum = self._resolved(model.qstar.sizes) if args.curriculum else None
 
     def _resolved(self, sizes: dict[str, int]) -> Curriculum:
