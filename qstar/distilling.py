@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import repeat
 from torch import Tensor
 from torch.profiler import record_function
 
-from qstar.grid import Counts
+from qstar.grid import IGNORED, Counts
 from qstar.layouts import Packed
 from qstar.learning import QuietStarOutput, mean
 from qstar.model import QuietStarModel
-from qstar.talking import mixed_states, read_batch, score_states, shares
+from qstar.talking import mixed_states, read_batch, shares
 from qstar.thinking import evaluating, think
 
 
@@ -29,15 +30,18 @@ class Distillation:
     rationale and mixed[p,i] the mix of u[i] and the state of the thought's end token::
 
         q[i] = mean over p of softmax(head(mixed[p,i]))                               no gradient
-        L    = mean over i of KL(q[i] || softmax(head(u[i])))                         where x_{i+1} is to be predicted
+        L    = NLL_base + mean over i of KL(q[i] || softmax(head(u[i])))              where x_{i+1} is to be predicted
 
-    Nothing of the text but the tokens that are read counts: no label, and no reward.
+    The teacher moves with what it teaches: the state u is a part of its mix, and the likelihood of the text is all that
+    holds both. No thought is rewarded.
 
     Attributes:
+        likelihood_weight: of NLL_base; with 0 the divergence alone is learned from.
         temperature: thoughts are sampled at; 0 is greedy.
         seed, row_offset, counts, max_grid_tokens: as those of :class:`qstar.Objective`.
     """
 
+    likelihood_weight: float = 1.0
     temperature: float = 1.0
     seed: int = 0
     row_offset: int = 0
@@ -64,19 +68,21 @@ class Distillation:
                 model, text, grid, temperature=self.temperature, seed=self.seed, row_offset=self.row_offset
             )
         count = (text.counts(grid) if self.counts is None else self.counts).text
+        head, targets = model.language_head(), text.targets
         with torch.no_grad(), evaluating(model):
             states = mixed_states(model, text, grid, thoughts, self.max_grid_tokens)
-            spoken = score_states(model, text, grid, states)
-        with record_function("qstar::distil"):
-            student = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start))
-            weight = shares(text.targets, count).flatten()
             teacher = states.mixed.squeeze(3).flatten(0, 1)
-            divergence = model.language_head().divergence(teacher, student.flatten(0, 1), weight)
+            log_talk = head.log_prob(teacher.flatten(0, 1), repeat(targets, "b n -> (b n r)", r=grid.rationales))
+        with record_function("qstar::distil"):
+            student = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start)).flatten(0, 1)
+            weight = shares(targets, count).flatten()
+            total, _ = head.log_prob_sum(student.to(teacher.dtype), targets.flatten(), weight)
+            divergence = head.divergence(teacher, student, weight)
         return QuietStarOutput(
-            loss=divergence,
+            loss=divergence - self.likelihood_weight * total,
             divergence=divergence,
-            nll_base=-mean(spoken.log_base, count),
-            nll_talk=-mean(spoken.log_talk.mean(2), count),
-            mixing_weight=mean(spoken.weight.mean(2).squeeze(-1) * (weight != 0).view_as(text.targets), count),
+            nll_base=-total,
+            nll_talk=-mean(log_talk, count * grid.rationales),
+            mixing_weight=mean(states.weight.squeeze(3).mean(2) * (targets != IGNORED), count),
             thoughts=thoughts,
         )

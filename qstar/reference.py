@@ -44,23 +44,26 @@ def mix(model: QuietStarModel, u: Tensor, g: Tensor) -> Tensor:
     return (1 - w) * u + w * g
 
 
-def distillation(model: QuietStarModel, tokens: Tensor, thoughts: Tensor) -> Tensor:
-    """The divergence of the prediction without a thought from that with thoughts, of one text with given thoughts.
+def distillation(
+    model: QuietStarModel, tokens: Tensor, thoughts: Tensor, *, likelihood_weight: float
+) -> dict[str, Tensor]:
+    """What a stage that distils minimises, of one text with given thoughts.
 
-    The mean over the positions of KL(q || p), q being what is predicted after each thought, averaged in probability
-    over the rationales, and p what is predicted without; q carries no gradient.
+    The divergence is the mean over the positions of KL(q || p), q being what is predicted after each thought, averaged
+    in probability over the rationales, and p what is predicted without; q carries no gradient.
 
     Args:
         model: the model; its attention may be any that transformers has.
         tokens: the text x, ``[N]`` int64.
         thoughts: sampled tokens, ``[N, r, K]`` int64.
+        likelihood_weight: of the likelihood of the text without thoughts.
 
     Returns:
-        A scalar, nats, with its gradient.
+        Scalars ``loss``, ``divergence`` and ``nll_base``, nats, with gradients.
     """
     start, end = tokens.new_tensor([model.qstar.start_token_id]), tokens.new_tensor([model.qstar.end_token_id])
     base = hidden_states(model, tokens)
-    divergences = []
+    divergences, log_base = [], []
     for i in range(len(tokens) - 1):
         after = []
         for thought in thoughts[i]:
@@ -68,9 +71,11 @@ def distillation(model: QuietStarModel, tokens: Tensor, thoughts: Tensor) -> Ten
             after.append(logits(model, mix(model, base[i], state)).softmax(-1))
         q = torch.stack(after).mean(0).detach()
         log_p = logits(model, base[i]).log_softmax(-1)
+        log_base.append(log_p[tokens[i + 1]])
         said = q > 0
         divergences.append((q[said] * (q[said].log() - log_p[said])).sum())
-    return torch.stack(divergences).mean()
+    divergence, nll_base = torch.stack(divergences).mean(), -torch.stack(log_base).mean()
+    return {"loss": likelihood_weight * nll_base + divergence, "divergence": divergence, "nll_base": nll_base}
 
 
 def objective(

@@ -256,7 +256,8 @@ class QuietStarTrainer(RatesTrainer):
         rows = self.args.train_batch_size * positions * self.thinking_model.qstar.rationales
         objective: Objective | Distillation = self.objective
         if self.distils:
-            objective = Distillation(self.objective.temperature, max_grid_tokens=self.objective.max_grid_tokens)
+            names = ("likelihood_weight", "temperature", "max_grid_tokens")
+            objective = Distillation(**{name: getattr(self.objective, name) for name in names})
         return replace(
             objective,
             seed=(self.args.seed << 32) + self.state.global_step,
