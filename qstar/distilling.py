@@ -1,6 +1,6 @@
 """Distil: teach the prediction without a thought what the model predicts with thoughts.
 
-What is learned so costs nothing when the model answers: the plain decoder, which never thinks, predicts better.
+What is learned so costs nothing when the model answers: the plain decoder, which never thinks, says it.
 ``reference.py`` says the same in plain loops.
 """
 

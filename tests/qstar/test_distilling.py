@@ -54,6 +54,22 @@ def test_the_teacher_mixes_as_the_model_does(settings):
     assert relative(output.loss, plain["loss"]) <= 1e-12 and plain["divergence"].item() > 0.01
 
 
+@pytest.mark.parametrize("settings", [dict(max_grid_tokens=30), dict(checkpointing=True)], ids=["parts", "again"])
+def test_what_saves_memory_changes_nothing(settings):
+    found = []
+    for changed in ({}, settings):
+        model = tiny.thinking_model("gpt2", dtype=torch.float64, thought_tokens=3, ahead_tokens=2)
+        if changed.pop("checkpointing", False):
+            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        output = Distillation(seed=5, **changed)(model.train(), tiny.text(2, 9))
+        found.append((output, gradients(model, output.loss)))
+    (whole, whole_gradients), (other, other_gradients) = found
+    assert torch.equal(whole.thoughts, other.thoughts)
+    assert relative(other.loss, whole.loss) <= 1e-12
+    for name, gradient in whole_gradients.items():
+        assert relative(other_gradients[name], gradient) <= 1e-12, name
+
+
 def test_a_thought_that_changes_nothing_teaches_nothing():
     model = tiny.thinking_model("gpt2", dtype=torch.float64, mixing=False, thought_tokens=2)
     output = Distillation(likelihood_weight=0.0)(model, tiny.text(2, 7))
