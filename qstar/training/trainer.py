@@ -45,10 +45,8 @@ from qstar_kernels import cpu_products
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-LOGGED = (
-    *("likelihood_loss", "policy_loss", "policy_entropy", "nll_base", "nll_talk"),
-    *("reward", "rewarded", "mixing_weight", "divergence"),
-)
+LOGGED = ("likelihood_loss", "policy_loss", "nll_base", "nll_talk", "reward", "rewarded", "mixing_weight")
+OF_SOME_OBJECTIVES = ("policy_entropy", "divergence")
 SHOWN_TOKENS = 256  # of a text whose thoughts are shown, at most
 IGNORED_HOOKS = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
 
@@ -150,7 +148,7 @@ class QuietStarTrainer(RatesTrainer):
                 f"{wrong[0]} is not finite in step {self.state.global_step + 1}, so that no thought can be sampled: "
                 f"training stops; checkpoints are as they were. To go on, {what_to_try(wrong[0])}"
             ) from error
-        for name in LOGGED:
+        for name in LOGGED + OF_SOME_OBJECTIVES:
             if (value := getattr(output, name)) is not None:
                 self._add_up(name, value.detach())
         holds_text = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
