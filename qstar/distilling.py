@@ -67,7 +67,8 @@ class Distillation:
             thoughts = think(
                 model, text, grid, temperature=self.temperature, seed=self.seed, row_offset=self.row_offset
             )
-        count = (text.counts(grid) if self.counts is None else self.counts).text
+        counts = text.counts(grid) if self.counts is None else self.counts
+        thought_at = counts.ahead[0]  # positions whose next token is predicted after a thought
         head, targets = model.language_head(), text.targets
         with torch.no_grad(), evaluating(model):
             states = mixed_states(model, text, grid, thoughts, self.max_grid_tokens)
@@ -75,14 +76,14 @@ class Distillation:
             log_talk = head.log_prob(teacher.flatten(0, 1), repeat(targets, "b n -> (b n r)", r=grid.rationales))
         with record_function("qstar::distil"):
             student = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start)).flatten(0, 1)
-            weight = shares(targets, count).flatten()
+            weight = shares(targets, counts.text).flatten()
             total, _ = head.log_prob_sum(student.to(teacher.dtype), targets.flatten(), weight)
-            divergence = head.divergence(teacher, student, weight)
+            divergence = head.divergence(teacher, student, shares(targets, thought_at).flatten())
         return QuietStarOutput(
             loss=divergence - self.likelihood_weight * total,
             divergence=divergence,
             nll_base=-total,
-            nll_talk=-mean(log_talk, count * grid.rationales),
-            mixing_weight=mean(states.weight.squeeze(3).mean(2) * (targets != IGNORED), count),
+            nll_talk=-mean(log_talk, thought_at * grid.rationales),
+            mixing_weight=mean(states.weight.squeeze(3).mean(2) * (targets != IGNORED), thought_at),
             thoughts=thoughts,
         )
