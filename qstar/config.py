@@ -29,6 +29,8 @@ class ThoughtSettings:
         thought_tokens: K, sampled tokens in a thought.
         ahead_tokens: m, text tokens that a thought is scored on.
         rationales: r, thoughts at each position in training.
+        mixing_head: weigh each thought by a mixing head, the paper's. Without one the weight is 1: the state after a
+            thought predicts alone, as where a model reasons before it answers.
         sigmoid: hold the mixing weight in 0..1; unbounded by default, as in the authors' code.
         pauses: nothing is sampled, and every thought is K times the token that opens it: what a model gains by such
             pauses it gains by computing for longer (Goyal et al., 2023, arXiv 2310.02226), not by what it thinks.
@@ -44,6 +46,9 @@ class ThoughtSettings:
     thought_tokens: int = setting(8, "K: sampled tokens in a thought.")
     ahead_tokens: int = setting(4, "m: text tokens that a thought is scored on.")
     rationales: int = setting(2, "r: thoughts at each position in training.")
+    mixing_head: bool = setting(
+        True, "Weigh each thought by a mixing head; otherwise the state after the thought predicts alone."
+    )
     sigmoid: bool = setting(False, "Hold the mixing weight in 0..1; unbounded otherwise.")
     pauses: bool = setting(False, "Sample nothing: every thought is K times the token that opens it, a pause.")
     start_token: str = setting("<|startthought|>", "The token that opens a thought.")
@@ -51,15 +56,22 @@ class ThoughtSettings:
     start_init: str | None = setting("---", "Text whose embedding the start token begins with; empty for the mean.")
     end_init: str | None = setting("---", "Text whose embedding the end token begins with; empty for the mean.")
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """K, m and r by their names."""
+        return {name: getattr(self, name) for name in SIZES}
+
     def __post_init__(self) -> None:
         for name in SIZES:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, but it must be an integer of at least 1")
-        for name in ("sigmoid", "pauses"):
+        for name in ("mixing_head", "sigmoid", "pauses"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}, but it must be True or False")
+        if self.sigmoid and not self.mixing_head:
+            raise ValueError("sigmoid is True, but mixing_head is False: there is no weight to hold in 0..1")
         for name in ("start_init", "end_init"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):

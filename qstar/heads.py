@@ -9,8 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qstar_kernels import faster_linear, linear, linear_log_prob, linear_log_prob_sum, mix_hidden, sample_linear
+
+CHUNK_ELEMENTS = 2**24  # of logits that a divergence holds at once: 64 MB in fp32
 
 
 class MixingHead(nn.Module):
@@ -51,6 +54,17 @@ class MixingHead(nn.Module):
         return mix_hidden(base.to(dtype), thought.to(dtype), features, weight, base_index=base_index, sigmoid=sigmoid)
 
 
+class ThoughtAlone(nn.Module):
+    """In the place of a mixing head where there is none: the weight of every thought is 1, and nothing learns."""
+
+    def forward(
+        self, base: Tensor, thought: Tensor, base_index: Tensor, sigmoid: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`MixingHead.forward`: the states after the thoughts, and ones."""
+        states = thought.to(torch.promote_types(thought.dtype, torch.float32))
+        return states, torch.ones_like(states[:, 0])
+
+
 @dataclass(frozen=True)
 class LanguageHead:
     """The output head as the ops take it: ``z = softcap(logit_scale * (h W^T + bias))``, thought tokens forbidden.
@@ -84,6 +98,12 @@ class LanguageHead:
         options = self._options | dict(temperature=temperature, product_dtype=self.dtype)
         return linear_log_prob(self._operand(hidden), self.weight, targets, **options)
 
+    def entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Entropies ``[R]`` (fp32, nats) of the predictions at hidden ``[R, E]``; 0 for ignored targets ``[R]``."""
+        options = self._options | dict(return_entropy=True, product_dtype=self.dtype)
+        _, entropy = linear_log_prob(self._operand(hidden), self.weight, targets, **options)
+        return entropy
+
     def log_prob_sum(
         self, hidden: Tensor, targets: Tensor, row_weight: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
@@ -96,11 +116,43 @@ class LanguageHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]``, at least fp32, of hidden ``[..., E]``; those of thought tokens are ``-inf``."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        z = linear(hidden.to(self._drawing_weight.dtype), self._drawing_weight).to(wide)
+        return self._mapped(linear(hidden.to(self._drawing_weight.dtype), self._drawing_weight).to(wide))
+
+    def _mapped(self, z: Tensor) -> Tensor:
+        """Logits of products with the weight."""
         z = (z if self.bias is None else z + self.bias) * self.logit_scale
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
         return z.index_fill(-1, self.forbidden, -torch.inf)
+
+    def divergence(self, teacher: Tensor, hidden: Tensor, row_weight: Tensor) -> Tensor:
+        """A weighted sum of the divergences ``KL(q || p)`` of two predictions, nats, at least fp32.
+
+        Differentiable with respect to ``hidden`` and the head as what predicts p; q is a number. Logits exist for some
+        rows at a time, in the forward as in the backward.
+
+        Args:
+            teacher: states ``[R, r, E]``; q is the mean of what each of the r predicts, of the probabilities.
+            hidden: states ``[R, E]`` that predict p.
+            row_weight: ``[R]``; rows of weight 0 are left out.
+        """
+        wide = torch.promote_types(teacher.dtype, torch.float32)
+        weight = self.weight.to(wide)  # once, so that the chunks' gradients add up in this dtype
+        rows = row_weight.nonzero().squeeze(1)
+        size = max(CHUNK_ELEMENTS // (len(weight) * (teacher.shape[1] + 1)), 1)
+        total = weight.new_zeros(())
+        for part in rows.split(size):
+            states = teacher[part].to(wide), hidden[part].to(wide), row_weight[part].to(wide)
+            total = total + checkpoint(self._divergence, *states, weight, use_reentrant=False, preserve_rng_state=False)
+        return total
+
+    def _divergence(self, teacher: Tensor, hidden: Tensor, row_weight: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            with torch.no_grad():
+                q = self._mapped(linear(teacher, weight)).softmax(-1).mean(1)
+            log_p = self._mapped(linear(hidden, weight)).log_softmax(-1)
+            log_p = log_p.index_fill(-1, self.forbidden, 0.0)  # where q is 0
+            return row_weight @ (torch.xlogy(q, q) - q * log_p).sum(-1)
 
     def sample(
         self,

@@ -14,6 +14,7 @@ from torch.profiler import record_function
 from transformers.utils import ModelOutput
 
 from qstar.grid import IGNORED, Counts, ThoughtGrid
+from qstar.heads import MixingHead
 from qstar.model import QuietStarModel
 from qstar.talking import Talk, read_batch, talk
 from qstar.thinking import think
@@ -35,6 +36,11 @@ class QuietStarOutput(ModelOutput):
         reward: mean of the advantages that count, nats.
         rewarded: share of the thoughts whose advantage counts and is not 0.
         mixing_weight: mean weight of the thoughts.
+        policy_entropy: mean entropy of the distribution that a sampled token is drawn from, at temperature 1, nats;
+            None where it has no weight in the loss.
+        divergence: of the prediction without a thought from that with thoughts, nats, where a stage distils, see
+            :class:`qstar.distilling.Distillation`; ``likelihood_loss``, ``policy_loss``, ``reward`` and ``rewarded``
+            are None there.
         thoughts: sampled tokens, ``[B, N, r, K]`` int64.
     """
 
@@ -46,7 +52,15 @@ class QuietStarOutput(ModelOutput):
     reward: Tensor = UNSET
     rewarded: Tensor = UNSET
     mixing_weight: Tensor = UNSET
+    policy_entropy: Tensor | None = None
+    divergence: Tensor | None = None
     thoughts: Tensor = UNSET
+
+
+def never_counts(model: QuietStarModel) -> bool:
+    """Whether no thought changes a prediction: the mixing head is as it starts, and its weight 0 for all of them."""
+    head = model.qstar_mixing_head
+    return isinstance(head, MixingHead) and not model.qstar.sigmoid and not bool(head.output.weight.any())
 
 
 def advantages(scores: Tensor, base_scores: Tensor, baseline: str) -> Tensor:
@@ -72,8 +86,13 @@ def advantages(scores: Tensor, base_scores: Tensor, baseline: str) -> Tensor:
 class Objective:
     """Quiet-STaR's training objective; calling it thinks, talks and returns the losses (paper, sections 4.2 to 4.4).
 
+    ``loss = likelihood_weight * likelihood_loss + policy_weight * policy_loss - entropy_weight * policy_entropy``
+
     Attributes:
         policy_weight: beta, the weight of the REINFORCE loss.
+        likelihood_weight: of the likelihood of the text, without thoughts and with; 0 leaves the reward alone.
+        entropy_weight: of a bonus for thoughts that are not sure of their tokens: the policy's mean entropy. The
+            paper has none.
         temperature: thoughts are sampled at; 0 is greedy.
         reinforce_temperature: the log-probabilities of sampled tokens are taken at.
         baseline: what a thought is compared with, one of ``mean``, ``leave_one_out``, ``base``.
@@ -87,6 +106,8 @@ class Objective:
     """
 
     policy_weight: float = 1.0
+    likelihood_weight: float = 1.0
+    entropy_weight: float = 0.0
     temperature: float = 1.0
     reinforce_temperature: float = 3.0
     baseline: str = "mean"
@@ -99,10 +120,11 @@ class Objective:
     def __post_init__(self) -> None:
         if self.baseline not in BASELINES:
             raise ValueError(f"baseline is {self.baseline!r}, but it must be one of {', '.join(BASELINES)}")
-        if self.policy_weight < 0:
-            raise ValueError(f"policy_weight is {self.policy_weight}, but it must be at least 0")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}, but it must be at least 0")
+        for name in ("policy_weight", "likelihood_weight", "entropy_weight", "temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 0")
+        if self.policy_weight == self.likelihood_weight == 0:
+            raise ValueError("likelihood_weight and policy_weight are both 0, but something must be learned from")
         if self.reinforce_temperature <= 0:
             raise ValueError(f"reinforce_temperature is {self.reinforce_temperature}, but it must be above 0")
         if self.max_grid_tokens is not None and self.max_grid_tokens < 1:
@@ -128,13 +150,18 @@ class Objective:
         spoken = talk(model, text, grid, thoughts, counts, self.max_grid_tokens)
         counted = spoken.targets != IGNORED
         whole = counted.all(-1)
+        entropy = None
         with record_function("qstar::learn"):
             advantage = self.advantage(spoken, grid) * whole[..., None]
             if model.qstar.pauses:  # nobody has chosen them
                 advantage = torch.zeros_like(advantage)
             policy_loss = self.policy_loss(model, spoken.policy, thoughts, advantage, whole)
+            loss = self.likelihood_weight * spoken.loss + self.policy_weight * policy_loss
+            if self.entropy_weight:
+                entropy = self.policy_entropy(model, spoken.policy, thoughts, whole)
+                loss = loss - self.entropy_weight * entropy
         return QuietStarOutput(
-            loss=spoken.loss + self.policy_weight * policy_loss,
+            loss=loss,
             likelihood_loss=spoken.loss,
             policy_loss=policy_loss,
             nll_base=-mean(spoken.log_base, counts.text),
@@ -142,8 +169,27 @@ class Objective:
             reward=mean(advantage.mean(-1), counts.whole),
             rewarded=mean((advantage != 0).float().mean(-1), counts.whole),
             mixing_weight=mean(spoken.weight.mean(2) * counted, counts.ahead.sum()),
+            policy_entropy=entropy,
             thoughts=thoughts,
         )
+
+    def check(self, model: QuietStarModel) -> None:
+        """Refuse what would have no effect on ``model``, or leave it as it is.
+
+        Raises:
+            ValueError: as it says.
+        """
+        if model.qstar.pauses and self.entropy_weight:
+            raise ValueError(
+                f"entropy_weight is {self.entropy_weight}, but the thoughts are pauses, which nobody draws"
+            )
+        if model.qstar.pauses and not self.likelihood_weight:
+            raise ValueError("likelihood_weight is 0, but the thoughts are pauses, which learn by the likelihood alone")
+        if not self.likelihood_weight and never_counts(model):
+            raise ValueError(
+                "likelihood_weight is 0, but the mixing head starts at zero and learns by the likelihood alone, so "
+                "that no thought would ever be rewarded: set mixing_head=False"
+            )
 
     def advantage(self, spoken: Talk, grid: ThoughtGrid) -> Tensor:
         """The detached advantages ``[B, N, r]`` of the thoughts; clamped at 0 unless signed."""
@@ -177,6 +223,17 @@ class Objective:
             temperature=self.reinforce_temperature,
         )
         return -total
+
+    def policy_entropy(self, model: QuietStarModel, policy: Tensor, thoughts: Tensor, whole: Tensor) -> Tensor:
+        """The mean entropy of what the sampled tokens are drawn from, at temperature 1, nats, with its gradient.
+
+        The arguments are those of :meth:`policy_loss`. Logits exist for some rows at a time, as there.
+        """
+        positions = whole.sum() if self.counts is None else self.counts.whole
+        tokens = thoughts.masked_fill(~whole[..., None, None], IGNORED).flatten()  # no token: a row that is left out
+        head = model.language_head()
+        entropy = head.entropy(policy.flatten(0, 3).to(head.dtype), tokens)
+        return mean(entropy, positions * thoughts.shape[2:].numel())
 
 
 def mean(values: Tensor, count: Tensor) -> Tensor:

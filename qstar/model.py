@@ -25,7 +25,7 @@ from qstar import adapters, attention, layouts
 from qstar.autocast import compute_dtype
 from qstar.config import CONFIG_FILE, QuietStarConfig
 from qstar.grid import ThoughtGrid
-from qstar.heads import LanguageHead, MixingHead
+from qstar.heads import LanguageHead, MixingHead, ThoughtAlone
 from qstar_kernels import faster_linear
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class QuietStarModel(_Decoder):
         qstar: the settings.
         qstar_start: embedding of the token that opens a thought, ``[E]``.
         qstar_end: embedding of the token that closes it, ``[E]``.
-        qstar_mixing_head: weighs a thought.
+        qstar_mixing_head: weighs a thought; without parameters where the settings say that there is none.
         qstar_forbidden: ids of both tokens, ``[2]`` int64, which no distribution holds.
         qstar_base_vocabulary: rows of the vocabulary that the base came with; tokens were added behind them.
         qstar_replay: makes the calls of a thinking model's later tokens from its second one; None to call each, see
@@ -64,7 +64,7 @@ class QuietStarModel(_Decoder):
     qstar: QuietStarConfig
     qstar_start: nn.Parameter
     qstar_end: nn.Parameter
-    qstar_mixing_head: MixingHead
+    qstar_mixing_head: MixingHead | ThoughtAlone
     qstar_forbidden: Tensor
     qstar_base_vocabulary: int
     qstar_replay: Callable[[Any], Callable[[], None]] | None = None
@@ -249,10 +249,9 @@ class QuietStarModel(_Decoder):
             adapters.check_folder(self, folder)
             (folder / MIXING_HEAD_FILE).parent.mkdir(parents=True, exist_ok=True)
             head = "qstar_mixing_head."
-            save_file(
-                {name.removeprefix(head): mine[name].contiguous() for name in mine if name.startswith(head)},
-                folder / MIXING_HEAD_FILE,
-            )
+            weights = {name.removeprefix(head): mine[name].contiguous() for name in mine if name.startswith(head)}
+            if self.qstar.mixing_head:
+                save_file(weights, folder / MIXING_HEAD_FILE)
             (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.qstar), indent=2) + "\n")
         if not adapters.has_adapters(self):
             super().save_pretrained(save_directory, is_main_process, state, **kwargs)
@@ -269,7 +268,7 @@ class QuietStarModel(_Decoder):
         return {"start": start, "end": end} | {name: rows for name, rows in added.items() if len(rows)}
 
     def load_thoughts(self, folder: str | Path) -> None:
-        """Take the mixing head from ``folder``, and the thought embeddings from the vocabulary's rows.
+        """Take the mixing head, if any, from ``folder``, and the thought embeddings from the vocabulary's rows.
 
         With adapters, the thought embeddings and the rows that the base lacks are taken from the folder.
 
@@ -294,7 +293,8 @@ class QuietStarModel(_Decoder):
                 rows[start], rows[end] = stored["start"].to(rows), stored["end"].to(rows)
             self.qstar_start.copy_(rows[start])
             self.qstar_end.copy_(rows[end])
-        self.qstar_mixing_head.load_state_dict(load_file(existing(folder, MIXING_HEAD_FILE, "the mixing head is")))
+        if self.qstar.mixing_head:
+            self.qstar_mixing_head.load_state_dict(load_file(existing(folder, MIXING_HEAD_FILE, "the mixing head is")))
 
 
 def existing(folder: str | Path, name: str, what: str) -> Path:

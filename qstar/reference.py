@@ -1,8 +1,8 @@
-"""The objective in plain loops: what ``talking.py`` and ``learning.py`` compute, to be read beside the paper.
+"""The objectives in plain loops: what ``talking.py``, ``learning.py`` and ``distilling.py`` compute.
 
-A plain causal pass of the model for every thought, no thought grid, no packed pass, no cache, no op of ours. It is the
-specification that the tests hold the product against, and far too slow for anything else. Names are the paper's:
-``u`` base state, ``g`` state after the thought, ``w`` mixing weight.
+To be read beside the paper: a plain causal pass of the model for every thought, no thought grid, no packed pass, no
+cache, no op of ours. It is the specification that the tests hold the product against, and far too slow for anything
+else. Names are the paper's: ``u`` base state, ``g`` state after the thought, ``w`` mixing weight.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qstar.heads import ThoughtAlone
 from qstar.model import QuietStarModel
 
 
@@ -31,11 +32,50 @@ def logits(model: QuietStarModel, hidden: Tensor) -> Tensor:
 
 
 def mix(model: QuietStarModel, u: Tensor, g: Tensor) -> Tensor:
-    """``(1 - w) u + w g``, the weight by the mixing head's MLP on both states ``[E]`` (paper, section 4.4)."""
+    """``(1 - w) u + w g``, the weight by the mixing head's MLP on both states ``[E]`` (paper, section 4.4).
+
+    Without a mixing head w is 1.
+    """
     head = model.qstar_mixing_head
+    if isinstance(head, ThoughtAlone):
+        return g
     w = head.output(torch.relu(head.hidden(torch.relu(head.input(torch.cat([u, g]))))))
     w = torch.sigmoid(w) if model.qstar.sigmoid else w
     return (1 - w) * u + w * g
+
+
+def distillation(
+    model: QuietStarModel, tokens: Tensor, thoughts: Tensor, *, likelihood_weight: float
+) -> dict[str, Tensor]:
+    """What a stage that distils minimises, of one text with given thoughts.
+
+    The divergence is the mean over the positions of KL(q || p), q being what is predicted after each thought, averaged
+    in probability over the rationales, and p what is predicted without; q carries no gradient.
+
+    Args:
+        model: the model; its attention may be any that transformers has.
+        tokens: the text x, ``[N]`` int64.
+        thoughts: sampled tokens, ``[N, r, K]`` int64.
+        likelihood_weight: of the likelihood of the text without thoughts.
+
+    Returns:
+        Scalars ``loss``, ``divergence`` and ``nll_base``, nats, with gradients.
+    """
+    start, end = tokens.new_tensor([model.qstar.start_token_id]), tokens.new_tensor([model.qstar.end_token_id])
+    base = hidden_states(model, tokens)
+    divergences, log_base = [], []
+    for i in range(len(tokens) - 1):
+        after = []
+        for thought in thoughts[i]:
+            state = hidden_states(model, torch.cat([tokens[: i + 1], start, thought, end]))[-1]
+            after.append(logits(model, mix(model, base[i], state)).softmax(-1))
+        q = torch.stack(after).mean(0).detach()
+        log_p = logits(model, base[i]).log_softmax(-1)
+        log_base.append(log_p[tokens[i + 1]])
+        said = q > 0
+        divergences.append((q[said] * (q[said].log() - log_p[said])).sum())
+    divergence, nll_base = torch.stack(divergences).mean(), -torch.stack(log_base).mean()
+    return {"loss": likelihood_weight * nll_base + divergence, "divergence": divergence, "nll_base": nll_base}
 
 
 def objective(
@@ -47,6 +87,8 @@ def objective(
     reinforce_temperature: float,
     baseline: str = "mean",
     signed: bool = False,
+    likelihood_weight: float = 1.0,
+    entropy_weight: float = 0.0,
 ) -> dict[str, Tensor]:
     """The objective of one text with given thoughts.
 
@@ -58,9 +100,12 @@ def objective(
         reinforce_temperature: the log-probabilities of sampled tokens are taken at.
         baseline: ``mean``, ``leave_one_out`` or ``base``, as in :func:`qstar.learning.advantages`.
         signed: learn from thoughts that did worse as well.
+        likelihood_weight: of the likelihood of the text.
+        entropy_weight: of the bonus for the policy's entropy.
 
     Returns:
-        Scalars ``loss``, ``nll_base``, ``nll_talk`` and ``policy_loss``, with gradients.
+        Scalars ``loss``, ``nll_base``, ``nll_talk`` and ``policy_loss``, and ``policy_entropy`` where it has a weight,
+        with gradients.
     """
     count, ahead = len(tokens), model.qstar.ahead_tokens
     rationales, length = thoughts.shape[1:]
@@ -70,15 +115,20 @@ def objective(
     base = hidden_states(model, tokens)
     log_base = [logits(model, base[i]).log_softmax(-1)[tokens[i + 1]] for i in range(count - 1)]
 
-    # With each thought: log p_talk of the tokens ahead, and the mean log-probability of the thought itself.
+    # With each thought: log p_talk of the tokens ahead, the mean log-probability of the thought itself, and the mean
+    # entropy of what its tokens are drawn from.
     log_talk: dict[tuple[int, int, int], Tensor] = {}
     log_policy: dict[tuple[int, int], Tensor] = {}
+    entropy: dict[tuple[int, int], Tensor] = {}
     for i in range(count):
         for p in range(rationales):
             alone = torch.cat([tokens[: i + 1], start, thoughts[i, p], end, tokens[i + 1 : i + ahead]])
             states = hidden_states(model, alone)[i + 1 :]
             sampled = (logits(model, states[:length]) / reinforce_temperature).log_softmax(-1)
             log_policy[i, p] = sampled.gather(-1, thoughts[i, p][:, None]).mean()
+            drawn_from = logits(model, states[:length]).log_softmax(-1)
+            log_p = drawn_from.masked_fill(drawn_from == -torch.inf, 0)  # p log p is 0 where p is
+            entropy[i, p] = -(drawn_from.exp() * log_p).sum(-1).mean()
             for k in range(min(ahead, count - 1 - i)):
                 mixed = mix(model, base[i + k], states[length + 1 + k])
                 log_talk[i, p, k] = logits(model, mixed).log_softmax(-1)[tokens[i + k + 1]]
@@ -101,9 +151,12 @@ def objective(
             advantage = (scores[p] - average).detach()
             terms.append((advantage if signed else advantage.clamp(min=0)) * log_policy[i, p])
     policy_loss = -torch.stack(terms).mean()
+    policy_entropy = torch.stack([entropy[i, p] for i in range(count - ahead) for p in range(rationales)]).mean()
+    loss = likelihood_weight * (nll_base + nll_talk) / 2 + policy_weight * policy_loss
     return {
-        "loss": (nll_base + nll_talk) / 2 + policy_weight * policy_loss,
+        "loss": loss - entropy_weight * policy_entropy if entropy_weight else loss,
         "nll_base": nll_base,
         "nll_talk": nll_talk,
         "policy_loss": policy_loss,
+        **({"policy_entropy": policy_entropy} if entropy_weight else {}),
     }

@@ -33,7 +33,7 @@ from qstar.compatibility import (
     small_copy,
 )
 from qstar.config import QuietStarConfig, ThoughtSettings, check_names, setting_names
-from qstar.heads import MixingHead
+from qstar.heads import MixingHead, ThoughtAlone
 from qstar.model import (
     BASE_VOCABULARY,
     EMBEDDINGS_FILE,
@@ -58,7 +58,8 @@ def wrap(
         tokenizer: its tokenizer; start and end tokens are added to it where it lacks them.
         check: compare a tiny packed pass with the model's own before anything is trained.
         settings: any field of :class:`qstar.config.ThoughtSettings`: ``thought_tokens``, ``ahead_tokens``,
-            ``rationales``, ``sigmoid``, ``pauses``, ``start_token``, ``end_token``, ``start_init``, ``end_init``.
+            ``rationales``, ``mixing_head``, ``sigmoid``, ``pauses``, ``start_token``, ``end_token``, ``start_init``,
+            ``end_init``.
 
     Returns:
         ``model`` itself, now of a subclass of its class.
@@ -229,7 +230,7 @@ def attach(model: PreTrainedModel, config: QuietStarConfig, known: int | None = 
     model.qstar_base_vocabulary = len(rows) if known is None else known
     model.qstar_start = nn.Parameter(torch.empty(rows.shape[1], **factory))
     model.qstar_end = nn.Parameter(torch.empty(rows.shape[1], **factory))
-    model.qstar_mixing_head = MixingHead(rows.shape[1], **factory)
+    model.qstar_mixing_head = MixingHead(rows.shape[1], **factory) if config.mixing_head else ThoughtAlone()
     # A tensor that stays, since a new one would be copied to the device and checked there for every head and token.
     forbidden = torch.tensor([config.start_token_id, config.end_token_id], device=rows.device)
     model.register_buffer("qstar_forbidden", forbidden, persistent=False)

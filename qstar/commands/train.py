@@ -17,7 +17,7 @@ from qstar.training.config_file import BOOLEANS, default_of, read_settings, type
 from qstar.training.dry_run import dry_run
 from qstar.training.prepare import split_settings
 from qstar.training.run import train
-from qstar.training.settings import QuietStarArguments, RunSettings
+from qstar.training.settings import PRESETS, QuietStarArguments, RunSettings
 
 KINDS = (RunSettings, ThoughtSettings, QuietStarArguments)
 SAME = (
@@ -139,8 +139,9 @@ def config_of(given: dict[str, Any], *, full: bool) -> str:
     settings = {name: value for name, value in given.items() if name not in setting_names(RunSettings)}
     if given.get("batch_size") is not None:
         settings["batch_size"] = given["batch_size"]
-    QuietStarArguments(**split_settings("qstar train", settings)[1])
+    args = QuietStarArguments(**split_settings("qstar train", settings)[1])
     defaults = {each.name: default_of(each) for kind in KINDS for each, _ in typed_fields(kind)}
+    defaults |= PRESETS[args.preset]
     if not names_a_run(given):
         defaults |= SIZES | SETTINGS
     usual = setting_names(QuietStarArguments) - {"output_dir"}

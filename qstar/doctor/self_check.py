@@ -18,6 +18,7 @@ from qstar.cpu import one_thread
 from qstar.doctor.findings import Finding
 from qstar.doctor.machine import best_device
 from qstar.embedded.task import build_tokenizer
+from qstar.heads import MixingHead
 from qstar.learning import Objective
 from qstar.model import QuietStarModel
 from qstar.wrapping import wrap
@@ -134,7 +135,7 @@ def tiny_model(device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokeniz
 def check_wrapping(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Wrap ``model``, which compares its passes over thoughts with its own plain ones."""
     thinking = wrap(model, tokenizer, thought_tokens=3, ahead_tokens=2)
-    nn.init.normal_(thinking.qstar_mixing_head.output.weight, std=0.5)  # so that thoughts count
+    nn.init.normal_(cast(MixingHead, thinking.qstar_mixing_head).output.weight, std=0.5)  # so that thoughts count
     return f"a tiny model thinks on {thinking.device}; its passes over thoughts are those of the plain model"
 
 

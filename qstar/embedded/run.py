@@ -111,7 +111,10 @@ def train_embedded(output_dir: str | Path | None = None, **settings: Any) -> Tra
 
 def _train_and_compare(folder: Path, thoughts: dict[str, Any], settings: dict[str, Any]) -> TrainResult:
     began = time.monotonic()
-    settings = SETTINGS | settings
+    unused = set() if thoughts.get("mixing_head", True) else {"mixing_head_lr_factor"}
+    if settings.get("stages") is not None:
+        unused.add("max_steps")
+    settings = {name: value for name, value in SETTINGS.items() if name not in unused} | settings
     args = QuietStarArguments(output_dir=str(folder), **settings)
 
     print("1/4  a small decoder learns to write and to read workings")

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from qstar.generation.call import Call
 from qstar.generation.refusals import check_without_thoughts, never_saying
 from qstar.generation.settings import GenerationSettings
+from qstar.heads import ThoughtAlone
 from qstar.model import QuietStarModel
 from qstar.thinking import evaluating
 
@@ -102,8 +103,9 @@ class GeneratingModel(QuietStarModel):
 
     @property
     def has_learned_to_think(self) -> bool:
-        """Whether the mixing head has been trained: its last layer begins at zero."""
-        return bool(self.qstar_mixing_head.output.weight.any())
+        """Whether the mixing head has been trained, whose last layer begins at zero; True where there is none."""
+        head = self.qstar_mixing_head
+        return isinstance(head, ThoughtAlone) or bool(head.output.weight.any())
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -16,7 +16,7 @@ class GenerationSettings:
 
     Attributes:
         think: think before tokens; False gives exactly the base model. By default a model thinks whose mixing head has
-            been trained.
+            been trained, or that has none.
         think_when: before which tokens: ``always``, ``never``, ``every:N`` for each N-th position of a text, or
             ``entropy:H`` where the entropy of the base model's next token is above H nats.
         thought_tokens: K; what the model was trained with by default.

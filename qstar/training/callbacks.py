@@ -47,8 +47,8 @@ class CollapseWarning(TrainerCallback):
         if signs and state.is_world_process_zero and not self.warned:
             self.warned = True
             logger.warning(
-                "thoughts have collapsed by step %d: %s; try a lower policy_weight or learning_rate, or a higher "
-                "thought_temperature",
+                "thoughts have collapsed by step %d: %s; try a lower policy_weight or learning_rate, an "
+                "entropy_weight, or a higher thought_temperature",
                 state.global_step,
                 ", ".join(signs),
             )

@@ -15,14 +15,17 @@ from qstar.config import ThoughtSettings, setting_names
 from qstar.model import MIXING_HEAD_FILE, QuietStarModel
 from qstar.training.config_file import default_of, typed_fields, written
 from qstar.training.curves import CURVES_FILE
-from qstar.training.settings import QuietStarArguments
+from qstar.training.settings import OF_PRESET, QuietStarArguments
 
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 TAG = "quiet-star"
 PAPER = "https://arxiv.org/abs/2403.09629"
-ALWAYS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seq_length", "policy_weight")
+ALWAYS = (
+    *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seq_length", "policy_weight"),
+    *("preset", *OF_PRESET),
+)
 NOT_OF_THE_MODEL = (  # settings of the place where it was trained
     *("output_dir", "use_cpu", "disable_tqdm", "report_to", "run_name", "curves", "gradient_checkpointing"),
     *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "accelerator_config"),
@@ -116,12 +119,16 @@ def model_card(
         **metadata,
     )
     began = {"Model": sources.model, "Trained on": sources.dataset, "Held out": sources.eval_dataset}
+    said = (
+        "to mix what it would say after the thought with what it would say without"
+        if model.qstar.mixing_head
+        else "to say what follows from it"
+    )
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name or args.folder.resolve().name}",
         f"A {type(model).__bases__[-1].__name__} that thinks before it speaks: it was trained by "
-        f"[Quiet-STaR]({PAPER}) to write a thought after every token of a text, and to mix what it would say after the "
-        "thought with what it would say without.",
+        f"[Quiet-STaR]({PAPER}) to write a thought after every token of a text, and {said}.",
         "\n".join([*(f"- {what}: {source.words}" for what, source in began.items() if source), f"- Steps: {steps:,}"]),
         f"## Settings\n\nThose that are not the defaults, or matter most:\n\n```yaml\n{settings_of(model, args)}```",
     ]
@@ -157,7 +164,7 @@ def settings_of(model: QuietStarModel, args: QuietStarArguments) -> str:
     for each, _ in typed_fields(QuietStarArguments):
         value, default = getattr(args, each.name), default_of(each)
         value = getattr(value, "value", value)  # of an enum
-        changed = value != default and bool(value or default) and isinstance(value, (bool, int, float, str, dict))
+        changed = value != default and bool(value or default) and isinstance(value, (bool, int, float, str, dict, list))
         if each.name in ALWAYS or (changed and each.name not in NOT_OF_THE_MODEL):
             shown[each.name] = value
     return written(shown, {}, (ThoughtSettings, QuietStarArguments), full=False)
@@ -180,8 +187,9 @@ output = model.generate(**prompt, max_new_tokens=8)
 print(tokenizer.decode(output[0]))
 ```
 
-Without that package, as the decoder that it is. It does not think then: `{MIXING_HEAD_FILE}` is not read, and the
-embeddings of the tokens that open and close a thought are rows of its vocabulary like others.
+Without that package, as the decoder that it is. It does not think then: the mixing head, `{MIXING_HEAD_FILE}`, is not
+read where there is one, and the embeddings of the tokens that open and close a thought are rows of its vocabulary like
+others.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

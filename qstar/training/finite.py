@@ -13,7 +13,9 @@ from qstar.talking import text_loss
 
 POLICIES = ("stop", "skip")  # what to do about such an update
 MOST_SKIPPED = 10  # in a row: a model that is not finite by itself would be skipped for ever
-PARTS = ("nll_base", "mixing_weight", "nll_talk", "likelihood_loss", "reward", "policy_loss", "loss")  # causes first
+PARTS = (  # causes first
+    *("nll_base", "mixing_weight", "nll_talk", "likelihood_loss", "reward", "policy_loss", "policy_entropy", "loss"),
+)
 
 
 def not_finite(

@@ -17,6 +17,7 @@ from qstar.learning import BASELINES, Objective
 from qstar.training.finite import POLICIES
 from qstar.training.lora import LoraSettings
 from qstar.training.parallelism import check_launch
+from qstar.training.stages import Curriculum, read_stages
 from qstar_kernels import CPU_LIBRARIES
 
 _OURS = "the losses and the evaluation are Quiet-STaR's own, which have no use for it"
@@ -35,6 +36,11 @@ IGNORED_ARGUMENTS = {
     "torch_compile": "passes over text and over thoughts have other shapes and layouts, on which the compiler fails",
     "use_liger_kernel": "it replaces the forward in which the model thinks",
 }  # fields of TrainingArguments that would be ignored, or make a result wrong
+PRESETS: dict[str, dict[str, Any]] = {  # what is left at None by name of the objective
+    "paper": dict(likelihood_weight=1.0, baseline="mean", signed_advantages=False, reinforce_temperature=3.0),
+    "rlp": dict(likelihood_weight=1.0, baseline="leave_one_out", signed_advantages=True, reinforce_temperature=1.0),
+}
+OF_PRESET = tuple(PRESETS["paper"])
 UNSAVED_OPTIMIZERS = ("adamw_torch_4bit", "adamw_torch_8bit")  # their states are tensors of a class of torchao's
 GRID_TOKENS = 4096  # a step of a model of 135M parameters then takes 10 GiB, and a GPU has enough to do
 UNSEEN: dict[str, Any] = dict(sample_steps=0, inspect_steps=0, inspect_tokens=256)  # nobody looks at the thoughts
@@ -91,14 +97,50 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
     dataset_split: str = setting("train", "Split of a hub dataset to train on.")
     eval_config: str | None = setting(None, "Configuration of a hub dataset that is held out.")
     eval_split: str = setting("test", "Split of a hub dataset that is held out.")
+    stages: list[Any] | str | None = setting(
+        None,
+        "A curriculum: for each stage its steps and what differs from the stage before, thought_tokens, ahead_tokens, "
+        "rationales, learning_rate, and whether it is to distil the prediction with thoughts into the one without; "
+        "JSON, or the name of a .json file. The schedule of the learning rate is over the steps of each stage.",
+    )
     policy_weight: float = setting(
         1.0,
         "beta: weight of the REINFORCE loss. With the 1e6 of the authors' code the gradient clip throttles all else.",
     )
+    preset: str = setting(
+        "paper",
+        "What the settings of the objective are that are not given. paper: the rule of Quiet-STaR, advantages over the "
+        "mean of the thoughts at a position, those below it left out, and log-probabilities at temperature 3. rlp: "
+        "the policy gradient of RLP, advantages over the mean of the other thoughts, with their sign, and temperature "
+        "1; give it at least two rationales, since a single thought is compared with no thought. RLP itself has "
+        "neither likelihood nor mixing head: likelihood_weight 0, mixing_head False.",
+        choices=list(PRESETS),
+    )
+    likelihood_weight: float | None = setting(
+        None,
+        "Weight of the likelihood of the text, without thoughts and with; 0 learns from the reward alone. As preset "
+        "says if not given: 1.",
+    )
+    entropy_weight: float = setting(0.0, "Weight of a bonus for the entropy of a thought's tokens, nats; 0 for none.")
     thought_temperature: float = setting(1.0, "Thoughts are sampled at this temperature.")
-    reinforce_temperature: float = setting(3.0, "Log-probabilities of sampled tokens are taken at this temperature.")
-    baseline: str = setting("mean", "What a thought is compared with.", choices=list(BASELINES))
-    signed_advantages: bool = setting(False, "Learn from thoughts that did worse than the baseline as well.")
+    reinforce_temperature: float | None = setting(
+        None,
+        "Log-probabilities of sampled tokens are taken at this temperature. As preset says if not given: 3, or 1 of "
+        "rlp.",
+    )
+    baseline: str | None = setting(
+        None,
+        "What a thought is compared with: the mean of the thoughts at its position, that of the others, or base, no "
+        "thought, which a single thought always is. As preset says if not given: mean, or leave_one_out of rlp.",
+        choices=list(BASELINES),
+    )
+    signed_advantages: bool | None = setting(
+        None,
+        "Learn from thoughts that did worse than the baseline as well. As preset says if not given: False, or True of "
+        "rlp.",
+        nargs="?",
+        const=True,
+    )
     thought_embedding_lr_factor: float = setting(100.0, "Learning rate of start and end embeddings over learning_rate.")
     mixing_head_lr_factor: float = setting(1.0, "Learning rate of the mixing head over learning_rate.")
     max_grid_tokens: int | None = setting(
@@ -138,6 +180,13 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}, but it must be an integer of at least {least}")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset is {self.preset!r}, but it must be one of {', '.join(PRESETS)}")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.curriculum is not None:
+            self._check_stages(self.curriculum)
         limit = self.max_grid_tokens
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
             raise ValueError(f"max_grid_tokens is {limit!r}, but it must be an integer of at least 0, or None")
@@ -145,7 +194,9 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
             value = getattr(self, each.name)
             if value is None and each.default is None:
                 continue
-            if each.type in (float, "float") and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            if each.type in (float, "float", "float | None") and (
+                isinstance(value, bool) or not isinstance(value, (int, float))
+            ):
                 raise ValueError(f"{each.name} is {value!r}, but it must be a number")
         if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps == 0:
             raise ValueError(
@@ -172,6 +223,8 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
                 f"optim is {OptimizerNames(self.optim).value!r}, whose states no checkpoint can hold: adamw_bnb_8bit "
                 "has some that it can; or set save_only_model=True, or save_strategy='no'"
             )
+        if not isinstance(self.signed_advantages, bool):
+            raise ValueError(f"signed_advantages is {self.signed_advantages!r}, but it must be True, False or None")
         if self.on_nonfinite not in POLICIES:
             raise ValueError(f"on_nonfinite is {self.on_nonfinite!r}, but it must be one of {', '.join(POLICIES)}")
         if self.inspect_tokens != UNSEEN["inspect_tokens"] and not self.inspect_steps:
@@ -183,6 +236,24 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
         if self.thought_temperature < 0:
             raise ValueError(f"thought_temperature is {self.thought_temperature}, but it must be at least 0")
         self.objective()  # which checks the others
+
+    def _check_stages(self, curriculum: Curriculum) -> None:
+        """Take the number of steps from the stages; refuse another one."""
+        self.stages = curriculum.described()
+        if self.max_steps not in (-1, curriculum.steps):
+            raise ValueError(
+                f"max_steps is {self.max_steps!r}, but the stages have {curriculum.steps} steps: leave it out"
+            )
+        if self.num_train_epochs != TrainingArguments.num_train_epochs:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}, but the stages say how long: leave it out")
+        if self.learning_rate == 0:
+            raise ValueError("learning_rate is 0, but with stages it must be above 0")
+        self.max_steps = curriculum.steps
+
+    @property
+    def curriculum(self) -> Curriculum | None:
+        """The stages as they are given; None where there are none."""
+        return None if self.stages is None else read_stages(self.stages)
 
     @property
     def folder(self) -> Path:
@@ -198,9 +269,11 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
         """The objective that these settings describe."""
         return Objective(
             policy_weight=self.policy_weight,
+            likelihood_weight=cast(float, self.likelihood_weight),  # which the preset has set, as the others
+            entropy_weight=self.entropy_weight,
             temperature=self.thought_temperature,
-            reinforce_temperature=self.reinforce_temperature,
-            baseline=self.baseline,
-            signed=self.signed_advantages,
+            reinforce_temperature=cast(float, self.reinforce_temperature),
+            baseline=cast(str, self.baseline),
+            signed=cast(bool, self.signed_advantages),
             max_grid_tokens=(GRID_TOKENS if self.max_grid_tokens is None else self.max_grid_tokens) or None,
         )

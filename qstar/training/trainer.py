@@ -18,8 +18,8 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
-from qstar.config import SIZES
 from qstar.data import PadRight
+from qstar.distilling import Distillation
 from qstar.evaluation.held_out import evaluate_rows
 from qstar.evaluation.tables import finite_or_none
 from qstar.grid import Counts, ThoughtGrid
@@ -35,7 +35,7 @@ from qstar.training.finite import MOST_SKIPPED, not_finite, not_finite_before_a_
 from qstar.training.hub import push_checkpoint
 from qstar.training.inspections import HeldOut, InspectSteps
 from qstar.training.memory import evaluation_advice, explained, inspection_advice, training_advice
-from qstar.training.saving import CheckpointTrainer
+from qstar.training.rates import RatesTrainer
 from qstar.training.settings import QuietStarArguments
 from qstar.training.sharding import in_step
 from qstar.training.thought_statistics import ThoughtStatistics
@@ -46,11 +46,12 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 LOGGED = ("likelihood_loss", "policy_loss", "nll_base", "nll_talk", "reward", "rewarded", "mixing_weight")
+OF_SOME_OBJECTIVES = ("policy_entropy", "divergence")
 SHOWN_TOKENS = 256  # of a text whose thoughts are shown, at most
 IGNORED_HOOKS = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
 
 
-class QuietStarTrainer(CheckpointTrainer):
+class QuietStarTrainer(RatesTrainer):
     """transformers' Trainer for a model from :func:`qstar.wrap`.
 
     Every logged value also goes to ``metrics.jsonl`` in the output folder. Rows are dictionaries of ``input_ids`` and
@@ -95,6 +96,12 @@ class QuietStarTrainer(CheckpointTrainer):
         if args.inspect_steps:
             self.add_callback(InspectSteps(self._inspect, self.eval_dataset, tokenizer, args))
         self.objective: Objective = args.objective()
+        self.objective.check(model)
+        if not model.qstar.mixing_head and args.mixing_head_lr_factor != QuietStarArguments.mixing_head_lr_factor:
+            raise ValueError(
+                f"mixing_head_lr_factor is {args.mixing_head_lr_factor}, but the model has no mixing head: it would be "
+                "ignored"
+            )
         if self.is_deepspeed_enabled:
             self.objective = replace(self.objective, max_grid_tokens=None)
         elif self.is_fsdp_enabled and isinstance(self.data_collator, PadRight):
@@ -118,11 +125,12 @@ class QuietStarTrainer(CheckpointTrainer):
             OutOfMemory: a step does not fit in memory, with the settings to lower.
             FloatingPointError: the loss or a gradient is not finite.
         """
-        thoughts = self.thinking_model.qstar
-        sizes = {name: getattr(thoughts, name) for name in SIZES}
-        grid, at_once = ThoughtGrid(self.args.seq_length, **sizes), self.objective.max_grid_tokens
-        advice = explained(lambda: training_advice(self.args, grid, at_once))
-        with advice, cpu_products(self.args.cpu_products):
+
+        def advice() -> str:
+            grid = ThoughtGrid(self.args.seq_length, **self.thinking_model.qstar.sizes)
+            return training_advice(self.args, grid, self.objective.max_grid_tokens)
+
+        with explained(advice), cpu_products(self.args.cpu_products):
             return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -140,11 +148,12 @@ class QuietStarTrainer(CheckpointTrainer):
                 f"{wrong[0]} is not finite in step {self.state.global_step + 1}, so that no thought can be sampled: "
                 f"training stops; checkpoints are as they were. To go on, {what_to_try(wrong[0])}"
             ) from error
-        for name in LOGGED:
-            self._add_up(name, getattr(output, name).detach())
+        for name in LOGGED + OF_SOME_OBJECTIVES:
+            if (value := getattr(output, name)) is not None:
+                self._add_up(name, value.detach())
         holds_text = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         self._thoughts.append((output.thoughts, holds_text))
-        if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice():
+        if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice() and not self.distils:
             self._log_gradient_norms(model, output)
         if self._due(self.args.sample_steps):
             sample = inputs | {"thoughts": output.thoughts}
@@ -236,15 +245,19 @@ class QuietStarTrainer(CheckpointTrainer):
         whole = self.args.world_size == 1 and not self.is_sharded
         return whole and not (self.args.gradient_checkpointing and reentrant)
 
-    def _objective_for(self, input_ids: Tensor) -> Objective:
+    def _objective_for(self, input_ids: Tensor) -> Objective | Distillation:
         """The objective with a seed for this step, and row numbers that no other batch of the step has."""
         step, batch = self._batch_of_step
         batch = batch + 1 if step == self.state.global_step else 0
         self._batch_of_step = (self.state.global_step, batch)
         positions = max(self.args.seq_length, input_ids.shape[1])
         rows = self.args.train_batch_size * positions * self.thinking_model.qstar.rationales
+        objective: Objective | Distillation = self.objective
+        if self.distils:
+            names = ("likelihood_weight", "temperature", "max_grid_tokens")
+            objective = Distillation(**{name: getattr(self.objective, name) for name in names})
         return replace(
-            self.objective,
+            objective,
             seed=(self.args.seed << 32) + self.state.global_step,
             row_offset=(batch * self.args.world_size + self.args.process_index) * rows,
             counts=self.counts,
@@ -339,29 +352,6 @@ class QuietStarTrainer(CheckpointTrainer):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 file.write(json.dumps(finite_or_none(record), allow_nan=False) + "\n")
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer; mixing head, thought embeddings and adapters in groups of their own."""
-        if self.optimizer is not None:
-            return self.optimizer
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        named = dict(cast(nn.Module, self.model if model is None else model).named_parameters())
-        head = [p for name, p in named.items() if "qstar_mixing_head" in name and p.requires_grad]
-        embeddings = [p for name, p in named.items() if name.endswith(("qstar_start", "qstar_end")) and p.requires_grad]
-        lora = [p for name, p in named.items() if ".lora_" in name and p.requires_grad]
-        mine = {id(p) for p in head + embeddings + lora}
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in mine]
-        for params, factor, decay in (
-            (head, self.args.mixing_head_lr_factor, 0.0),
-            (embeddings, self.args.thought_embedding_lr_factor, 0.0),
-            (lora, self.args.lora_lr_factor, self.args.weight_decay),
-        ):
-            if params:
-                optimizer.add_param_group(
-                    {"params": params, "lr": self.args.learning_rate * factor, "weight_decay": decay}
-                )
-        return optimizer
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Every row once: no process takes rows again so as to have as many as another."""

@@ -19,10 +19,25 @@ from qstar.inspection.data import Inspection
 
 UNTIED_AND_TIED = ["llama", "gpt2"]
 FAMILIES = [["llama", "gpt2", "mistral"], ["gemma2", "gemma3", "gpt_neox"], ["deepseek_v3", "gpt_oss", "opt"]]
-SAME = ("loss", "grad_norm", "policy_loss", "nll_base", "nll_talk", "reward", "rewarded", "mixing_weight")
+SAME = (
+    "loss",
+    "grad_norm",
+    "policy_loss",
+    "nll_base",
+    "nll_talk",
+    "reward",
+    "rewarded",
+    "mixing_weight",
+    "policy_entropy",
+)
+SAME += ("divergence", "stage", "learning_rate")
 SAME_HELD_OUT = ("eval_tokens", "eval_nll_base", "eval_nll_talk", "eval_mixing_weight")
-# Batches of one row, and checkpointing.
 GRID_IN_PARTS = dict(max_grid_tokens=50, seq_length=12)
+STAGES = dict(
+    stages=[dict(steps=1), dict(steps=1, ahead_tokens=1, learning_rate=0.05), dict(steps=1, distil=True)],
+    entropy_weight=0.1,
+)
+# Batches of one row, and checkpointing.
 IN_PARTS = dict(activation_checkpointing=True, per_device_train_batch_size=1, gradient_accumulation_steps=2)
 
 
@@ -95,6 +110,7 @@ def check_same_inspection(two: Inspection, one: Inspection) -> None:
         pytest.param(UNTIED_AND_TIED, {}, id="plain"),
         *(pytest.param(each, IN_PARTS, id=f"in-parts-{'-'.join(each)}", marks=pytest.mark.slow) for each in FAMILIES),
         pytest.param(["llama"], dict(streamed=True, max_steps=2), id="stream", marks=pytest.mark.slow),
+        pytest.param(UNTIED_AND_TIED, STAGES, id="stages", marks=pytest.mark.slow),
         pytest.param(["llama"], GRID_IN_PARTS, id="grid-in-parts", marks=pytest.mark.slow),
         pytest.param(["gpt2"], GRID_IN_PARTS | IN_PARTS, id="grid-in-parts-checkpointed", marks=pytest.mark.slow),
     ],

@@ -34,7 +34,7 @@ FLOORS = (  # of qstar/, from the ground up: a file imports from its own room, o
     ("thinking", "reference"),
     ("talking", "experimental"),
     ("learning", "compatibility", "generation"),
-    ("classes",),
+    ("classes", "distilling"),
     ("wrapping", "prompting"),
     ("evaluation",),
     ("inspection",),

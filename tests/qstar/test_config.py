@@ -10,12 +10,14 @@ import tiny
 import torch
 
 from qstar.config import CONFIG_FILE, QuietStarConfig, ThoughtSettings
+from qstar.model import MIXING_HEAD_FILE
 from qstar.wrapping import load, wrap
 
 CHANGED = dict(
     thought_tokens=3,
     ahead_tokens=2,
     rationales=1,
+    mixing_head=True,
     sigmoid=True,
     pauses=True,
     start_token="<think>",
@@ -68,6 +70,11 @@ def test_a_wrong_size_is_named(name, value):
     ("settings", "message"),
     [
         (dict(sigmoid="no"), "sigmoid is 'no', but it must be True or False"),
+        (dict(mixing_head=None), "mixing_head is None, but it must be True or False"),
+        (
+            dict(mixing_head=False, sigmoid=True),
+            "sigmoid is True, but mixing_head is False: there is no weight to hold in 0..1",
+        ),
         (dict(pauses=1), "pauses is 1, but it must be True or False"),
         (dict(start_init=3), "start_init is 3, but it must be a text, or None for the mean of the vocabulary"),
         (dict(start_token=""), "start_token is '', but it must be the text of a token"),
@@ -79,6 +86,22 @@ def test_a_wrong_setting_of_another_kind_is_named(settings, message):
     with pytest.raises(ValueError) as caught:
         ThoughtSettings(**settings)
     assert str(caught.value) == message
+
+
+def test_a_model_without_a_mixing_head_is_saved_and_loaded_without_one(tmp_path):
+    model, tokenizer = tiny.thinking_model(mixing=False, mixing_head=False, thought_tokens=2), tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [model.qstar.start_token, model.qstar.end_token]})
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert not (tmp_path / MIXING_HEAD_FILE).exists()
+    again, _ = load(tmp_path)
+    assert again.qstar == model.qstar and not again.qstar.mixing_head
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert not any("mixing_head" in name for name in again.state_dict())
+    options = dict(max_new_tokens=3, return_dict_in_generate=True, output_thoughts=True)
+    ours, theirs = (each.generate(tiny.text(1, 6), **options) for each in (model, again))
+    assert torch.equal(ours.thoughts, theirs.thoughts) and torch.equal(ours.sequences, theirs.sequences)
+    assert (ours.thought_weights == 1).all()
 
 
 def test_a_setting_that_does_not_exist_is_named_with_the_one_that_was_meant():
@@ -100,7 +123,7 @@ def test_an_earlier_folder_that_does_not_name_its_tokens_is_asked_by_their_ids(t
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     values = json.loads((tmp_path / CONFIG_FILE).read_text())
-    for name in ("start_token", "end_token", "start_init", "end_init"):
+    for name in ("start_token", "end_token", "start_init", "end_init", "mixing_head"):
         del values[name]
     (tmp_path / CONFIG_FILE).write_text(json.dumps(values))
     assert load(tmp_path)[0].qstar == model.qstar

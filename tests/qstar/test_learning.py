@@ -67,6 +67,84 @@ def test_every_baseline_is_that_of_the_specification(baseline, signed, sigmoid):
         assert relative(getattr(ours, name), value) <= 1e-12, name
 
 
+@pytest.mark.parametrize("rationales", [1, 2])
+def test_without_a_mixing_head_the_state_after_the_thought_predicts_alone(rationales):
+    """Values and gradients, exactly: GPT-2 computes in float64."""
+    settings = dict(mixing=False, mixing_head=False, thought_tokens=2, ahead_tokens=3, rationales=rationales)
+    model = tiny.thinking_model("gpt2", dtype=torch.float64, **settings)
+    assert not any("mixing_head" in name for name, _ in model.named_parameters())
+    tokens, thoughts = tiny.text(1, 7), tiny.random_thoughts(model, 1, 7)
+    options = dict(policy_weight=1.3, reinforce_temperature=1.0, baseline="leave_one_out", signed=True)
+    ours = Objective(**options, likelihood_weight=0.0)(model, tokens, thoughts=thoughts)
+    our_gradients = gradients(model, ours.loss)
+    model.set_attn_implementation("eager")
+    plain = reference.objective(model, tokens[0], thoughts[0], **options, likelihood_weight=0.0)
+    plain_gradients = gradients(model, plain["loss"])
+    assert plain["policy_loss"].item() != 0 and ours.mixing_weight.item() == 1
+    for name, value in plain.items():
+        assert relative(getattr(ours, name), value) <= 1e-12, name
+    for name, gradient in our_gradients.items():
+        assert relative(gradient, plain_gradients[name]) <= 1e-12, name
+
+
+@pytest.mark.parametrize("likelihood_weight", [0.0, 0.4])
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.6])
+def test_the_weights_of_likelihood_and_entropy_are_those_of_the_specification(likelihood_weight, entropy_weight):
+    """Values and gradients, exactly: GPT-2 computes in float64."""
+    settings = dict(thought_tokens=2, ahead_tokens=3, rationales=2)
+    model = tiny.thinking_model("gpt2", dtype=torch.float64, **settings)
+    tokens, thoughts = tiny.text(1, 7), tiny.random_thoughts(model, 1, 7)
+    weights = dict(likelihood_weight=likelihood_weight, entropy_weight=entropy_weight)
+    options = dict(policy_weight=1.3, reinforce_temperature=1.5, signed=True, **weights)
+    ours = Objective(**options)(model, tokens, thoughts=thoughts)
+    our_gradients = gradients(model, ours.loss)
+    model.set_attn_implementation("eager")
+    plain = reference.objective(model, tokens[0], thoughts[0], **options)
+    plain_gradients = gradients(model, plain["loss"])
+    assert ("policy_entropy" in plain) is (entropy_weight > 0) and (ours.policy_entropy is None) is (
+        entropy_weight == 0
+    )
+    for name, value in plain.items():
+        assert relative(getattr(ours, name), value) <= 1e-12, name
+    for name, gradient in our_gradients.items():
+        assert relative(gradient, plain_gradients[name]) <= 1e-12, name
+
+
+def test_the_entropy_of_parts_of_a_batch_adds_up_to_that_of_the_whole():
+    """Padded rows, and each part with the counts of all."""
+    model = tiny.thinking_model("gpt2", dtype=torch.float64, thought_tokens=2, ahead_tokens=2)
+    tokens, thoughts = tiny.text(3, 8), tiny.random_thoughts(model, 3, 8)
+    mask = torch.ones_like(tokens)
+    mask[1, 5:] = 0
+    mask[2, :3] = 0
+    whole = Objective(entropy_weight=1.0)(model, tokens, attention_mask=mask, thoughts=thoughts)
+    counts = Text.from_inputs(tokens, mask).counts(model.grid(8))
+    parts = [
+        Objective(entropy_weight=1.0, counts=counts)(
+            model, tokens[part], attention_mask=mask[part], thoughts=thoughts[part]
+        )
+        for part in (slice(0, 1), slice(1, 3))
+    ]
+    assert 0 < whole.policy_entropy < torch.log(torch.tensor(len(tiny.WORDS)))
+    assert relative(sum(part.policy_entropy for part in parts), whole.policy_entropy) <= 1e-12
+    assert relative(sum(part.loss for part in parts), whole.loss) <= 1e-12
+
+
+def test_a_bonus_for_entropy_makes_thoughts_less_sure():
+    model = tiny.thinking_model(thought_tokens=3, ahead_tokens=1)
+    tokens = tiny.text(4, 9)
+    bonus = Objective(likelihood_weight=0.0, entropy_weight=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    found = []
+    for _ in range(5):
+        output = bonus(model, tokens)
+        found.append(output.policy_entropy.item())
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    assert all(later > before for before, later in itertools.pairwise(found))
+
+
 def test_a_profiler_tells_the_three_steps_apart():
     model = tiny.thinking_model(thought_tokens=3, ahead_tokens=2)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -185,6 +263,12 @@ def test_documents_shorter_than_ahead_are_finite(length):
     [
         (dict(baseline="median"), "baseline is 'median'"),
         (dict(policy_weight=-1.0), "policy_weight is -1.0"),
+        (dict(likelihood_weight=-0.1), "likelihood_weight is -0.1, but it must be at least 0"),
+        (dict(entropy_weight=-1), "entropy_weight is -1, but it must be at least 0"),
+        (
+            dict(likelihood_weight=0, policy_weight=0, entropy_weight=1),
+            "likelihood_weight and policy_weight are both 0",
+        ),
         (dict(temperature=-0.5), "temperature is -0.5"),
         (dict(reinforce_temperature=0.0), "reinforce_temperature is 0.0"),
     ],
@@ -192,3 +276,24 @@ def test_documents_shorter_than_ahead_are_finite(length):
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Objective(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(entropy_weight=0.1), "entropy_weight is 0.1, but the thoughts are pauses"),
+        (dict(likelihood_weight=0.0), "likelihood_weight is 0, but the thoughts are pauses"),
+    ],
+)
+def test_what_would_do_nothing_for_pauses_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**settings).check(tiny.thinking_model(pauses=True))
+    Objective(**settings).check(tiny.thinking_model())
+
+
+def test_a_mixing_head_that_could_never_learn_is_refused():
+    objective = Objective(likelihood_weight=0.0)
+    with pytest.raises(ValueError, match="the mixing head starts at zero and learns by the likelihood alone"):
+        objective.check(tiny.thinking_model(mixing=False))
+    for settings in (dict(sigmoid=True), dict(mixing_head=False)):
+        objective.check(tiny.thinking_model(mixing=False, **settings))

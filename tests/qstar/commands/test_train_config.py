@@ -15,6 +15,7 @@ from datasets import Dataset
 from qstar import load
 from qstar.commands import train as command
 from qstar.commands.main import main
+from qstar.training.stages import Stage, read_stages
 
 ROOT = Path(__file__).resolve().parents[3]
 LINES = ["a b c d e f g h", "c a b e d f", "b b a c d e f g h i", "a c e g i k"]
@@ -208,8 +209,18 @@ def test_the_help_says_what_paths_are_relative_to(capsys):
     assert "Paths in it are relative to the working directory" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_file_on_the_page_about_settings_is_read(tmp_path, called):
-    [block] = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "settings.md").read_text(), re.DOTALL | re.MULTILINE)
+def test_the_files_on_the_page_about_settings_are_read(tmp_path, called):
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "settings.md").read_text(), re.DOTALL | re.MULTILINE)
+    block, curriculum = blocks
+    (tmp_path / "curriculum.yaml").write_text(f"model: a\ndataset: b\n{curriculum}")
+    assert main(["train", "--config", str(tmp_path / "curriculum.yaml")]) == 0
+    stages = read_stages(called["train"]["stages"]).stages
+    assert stages == (
+        Stage(steps=150),
+        Stage(steps=150, thought_tokens=12, ahead_tokens=4),
+        Stage(steps=150, thought_tokens=8, learning_rate=5e-7),
+        Stage(steps=100, distil=True),
+    )
     (tmp_path / "run.yaml").write_text(block)
     assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
     given = called["train"]

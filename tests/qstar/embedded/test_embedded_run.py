@@ -163,6 +163,17 @@ def test_a_run_that_pauses_is_inspected_as_well(tmp_path, cache):
     assert last.summary.entropy == 0 and last.summary.distinct == 1 / last.summary.thoughts
 
 
+def test_what_the_defaults_of_its_own_say_gives_way_to_stages_and_to_no_mixing_head(tmp_path, cache):
+    stages = '[{"steps":1},{"steps":2,"thought_tokens":2}]'
+    flags = FLAGS.replace("--max-steps 3", f"--stages {stages}").replace(
+        "--mixing-head-lr-factor 1000", "--no-mixing-head"
+    )
+    run_command(tmp_path / "result", cache, flags)
+    assert json.loads((tmp_path / "result" / run.REPORT_FILE).read_text())["steps"] == 3
+    model, _ = load(tmp_path / "result")
+    assert (model.qstar.thought_tokens, model.qstar.mixing_head) == (2, False)
+
+
 def test_the_run_leaves_held_out_problems_with_their_answers(finished):
     """Those that the report begins with, and more of the same test split."""
     folder, _, _ = finished

@@ -166,3 +166,9 @@ def test_deepspeed_reads_grids_at_once(tmp_path):
     args = QuietStarArguments(str(tmp_path), **options)
     trainer = OfDeepSpeed(tiny.thinking_model(), args, train_dataset=unequal_rows())
     assert trainer.objective.max_grid_tokens is None and args.objective().max_grid_tokens == 4096
+
+
+def test_deepspeed_takes_no_stages(tmp_path):
+    options = dict(use_cpu=True, report_to="none", save_strategy="no", stages=[dict(steps=1)])
+    with pytest.raises(ValueError, match="stages is set, but with DeepSpeed it must not be"):
+        OfDeepSpeed(tiny.thinking_model(), QuietStarArguments(str(tmp_path), **options), train_dataset=unequal_rows())

@@ -7,9 +7,9 @@ import tiny
 import torch
 from datasets import Dataset
 
-from qstar import train
+from qstar import Objective, train
 from qstar.training.prepare import split_settings
-from qstar.training.settings import IGNORED_ARGUMENTS, QuietStarArguments
+from qstar.training.settings import IGNORED_ARGUMENTS, OF_PRESET, PRESETS, QuietStarArguments
 from qstar.training.trainer import IGNORED_HOOKS, QuietStarTrainer
 
 GIVEN = dict(
@@ -91,6 +91,8 @@ def test_the_objective_is_what_the_settings_say(tmp_path):
         use_cpu=True,
         report_to="none",
         policy_weight=0.5,
+        likelihood_weight=0.3,
+        entropy_weight=0.02,
         thought_temperature=0.7,
         reinforce_temperature=2.0,
         baseline="leave_one_out",
@@ -99,8 +101,51 @@ def test_the_objective_is_what_the_settings_say(tmp_path):
     objective = args.objective()
     values = (objective.policy_weight, objective.temperature, objective.reinforce_temperature)
     assert values == (0.5, 0.7, 2.0)
+    assert (objective.likelihood_weight, objective.entropy_weight) == (0.3, 0.02)
     assert (objective.baseline, objective.signed) == ("leave_one_out", True)
     assert args.folder == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(), ("mean", False, 3.0, 1.0)),
+        (dict(preset="paper"), ("mean", False, 3.0, 1.0)),
+        (dict(preset="rlp"), ("leave_one_out", True, 1.0, 1.0)),
+        (dict(preset="rlp", likelihood_weight=0.0), ("leave_one_out", True, 1.0, 0.0)),
+        (dict(preset="rlp", signed_advantages=False, baseline="base"), ("base", False, 1.0, 1.0)),
+        (dict(reinforce_temperature=1.0), ("mean", False, 1.0, 1.0)),
+    ],
+)
+def test_a_preset_gives_what_is_not_given(settings, expected, tmp_path):
+    args = QuietStarArguments(str(tmp_path), use_cpu=True, report_to="none", **settings)
+    objective = args.objective()
+    values = (objective.baseline, objective.signed, objective.reinforce_temperature, objective.likelihood_weight)
+    assert values == expected
+    shown = args.to_dict()
+    assert tuple(shown[name] for name in OF_PRESET) == (expected[3], expected[0], expected[1], expected[2])
+
+
+def test_the_default_is_the_papers_objective(tmp_path):
+    args = QuietStarArguments(str(tmp_path), use_cpu=True, report_to="none", max_grid_tokens=0)
+    assert args.objective() == Objective()
+    assert all(preset.keys() == set(OF_PRESET) for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(preset="RLP"), "preset is 'RLP', but it must be one of paper, rlp"),
+        (dict(preset=None), "preset is None, but it must be one of paper, rlp"),
+        (dict(signed_advantages="no"), "signed_advantages is 'no', but it must be True, False or None"),
+        (dict(likelihood_weight="0"), "likelihood_weight is '0', but it must be a number"),
+        (dict(baseline="none"), "baseline is 'none', but it must be one of mean, leave_one_out, base"),
+    ],
+)
+def test_a_wrong_setting_of_the_objective_is_named(settings, message, tmp_path):
+    with pytest.raises(ValueError) as refused:
+        QuietStarArguments(str(tmp_path), use_cpu=True, report_to="none", **settings)
+    assert str(refused.value) == message
 
 
 @pytest.mark.parametrize(

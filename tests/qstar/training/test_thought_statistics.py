@@ -145,7 +145,7 @@ def test_a_collapse_is_warned_of_once_and_by_one_process(caplog):
     assert record.levelno == logging.WARNING
     assert record.getMessage() == (
         "thoughts have collapsed by step 7: thought_entropy is 0.100, below 0.5, thought_repetition is 0.990, above "
-        "0.9; try a lower policy_weight or learning_rate, or a higher thought_temperature"
+        "0.9; try a lower policy_weight or learning_rate, an entropy_weight, or a higher thought_temperature"
     )
 
 

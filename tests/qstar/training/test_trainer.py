@@ -13,7 +13,7 @@ from qstar.embedded.run import PlainTrainer
 from qstar.evaluation.held_out import evaluate_rows
 from qstar.experimental import cuda_graph
 from qstar.training.settings import QuietStarArguments
-from qstar.training.trainer import LOGGED, QuietStarTrainer
+from qstar.training.trainer import LOGGED, OF_SOME_OBJECTIVES, QuietStarTrainer
 
 
 def test_accumulated_batches_equal_one_batch(tmp_path):
@@ -40,7 +40,8 @@ def test_accumulated_batches_equal_one_batch(tmp_path):
 
 @pytest.mark.parametrize("kind", [QuietStarTrainer, PlainTrainer])
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_an_update_is_the_same_however_it_is_split_into_batches(kind, batch_size, tmp_path):
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.5])
+def test_an_update_is_the_same_however_it_is_split_into_batches(kind, batch_size, entropy_weight, tmp_path):
     """Two updates of four rows: the same weights, and the same values in the log."""
     results = []
     for size in (4, batch_size):
@@ -53,6 +54,7 @@ def test_an_update_is_the_same_however_it_is_split_into_batches(kind, batch_size
             train_sampling_strategy="sequential",
             max_steps=2,
             warmup_steps=0,
+            entropy_weight=entropy_weight,
             **options,
         )
         kind(model, args, train_dataset=unequal_rows()).train()
@@ -63,8 +65,9 @@ def test_an_update_is_the_same_however_it_is_split_into_batches(kind, batch_size
         moved = (weight - start[name]).norm()
         assert (split[name] - weight).norm() <= 1e-4 * moved, name
     assert not torch.equal(whole["lm_head.weight"], start["lm_head.weight"])
+    assert ("policy_entropy" in whole_log[0]) is (kind is QuietStarTrainer and entropy_weight > 0)
     for ours, theirs in zip(split_log, whole_log, strict=True):
-        for name in {"loss", *LOGGED} & theirs.keys():
+        for name in {"loss", *LOGGED, *OF_SOME_OBJECTIVES} & theirs.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
 
 
