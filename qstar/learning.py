@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.profiler import record_function
 from transformers.utils import ModelOutput
 
-from qstar.grid import IGNORED, Counts, ThoughtGrid
+from qstar.grid import IGNORED, Counts, Text, ThoughtGrid
 from qstar.model import QuietStarModel
 from qstar.talking import Talk, read_batch, talk
-from qstar.thinking import think
+from qstar.thinking import choose_positions, think
 
 UNSET = cast(Tensor, None)  # ModelOutput wants None as the default of its fields
 BASELINES = ("mean", "leave_one_out", "base")
@@ -35,7 +35,8 @@ class QuietStarOutput(ModelOutput):
         reward: mean of the advantages that count, nats.
         rewarded: share of the thoughts whose advantage counts and is not 0.
         mixing_weight: mean weight of the thoughts.
-        thoughts: sampled tokens, ``[B, N, r, K]`` int64.
+        thoughts: sampled tokens, ``[B, n, r, K]`` int64.
+        positions: the text positions of the thoughts, ``[B, n]`` int64, ascending; None where they are at all N.
     """
 
     loss: Tensor = UNSET
@@ -47,18 +48,19 @@ class QuietStarOutput(ModelOutput):
     rewarded: Tensor = UNSET
     mixing_weight: Tensor = UNSET
     thoughts: Tensor = UNSET
+    positions: Tensor | None = None
 
 
 def advantages(scores: Tensor, base_scores: Tensor, baseline: str) -> Tensor:
     """How much better each rationale did than its baseline.
 
     Args:
-        scores: S, summed log-probabilities after each rationale, ``[B, N, r]``.
-        base_scores: the same without a thought, ``[B, N]``.
+        scores: S, summed log-probabilities after each rationale, ``[B, n, r]``.
+        base_scores: the same without a thought, ``[B, n]``.
         baseline: ``mean`` of the rationales, the others' (``leave_one_out``), or ``base``: without a thought.
 
     Returns:
-        ``[B, N, r]``. Equal scores give exactly 0. With one rationale every baseline is ``base``.
+        ``[B, n, r]``. Equal scores give exactly 0. With one rationale every baseline is ``base``.
     """
     rationales = scores.shape[-1]
     if baseline == "base" or rationales == 1:
@@ -84,6 +86,9 @@ class Objective:
             batch by default.
         max_grid_tokens: tokens of a grid that the model reads at once, see :func:`qstar.talking.read_grid`: the same
             losses and gradients in less memory. None: all.
+        positions_per_row: n, think at so many random positions of each row, see :func:`choose_positions`: in proportion
+            less to compute. ``likelihood_loss`` is then over all text without thoughts, and over the text ahead of
+            these positions with them. None, or at least N: at all.
     """
 
     policy_weight: float = 1.0
@@ -95,6 +100,7 @@ class Objective:
     row_offset: int = 0
     counts: Counts | None = None
     max_grid_tokens: int | None = None
+    positions_per_row: int | None = None
 
     def __post_init__(self) -> None:
         if self.baseline not in BASELINES:
@@ -107,6 +113,8 @@ class Objective:
             raise ValueError(f"reinforce_temperature is {self.reinforce_temperature}, but it must be above 0")
         if self.max_grid_tokens is not None and self.max_grid_tokens < 1:
             raise ValueError(f"max_grid_tokens is {self.max_grid_tokens}, but it must be at least 1, or None")
+        if self.positions_per_row is not None and self.positions_per_row < 1:
+            raise ValueError(f"positions_per_row is {self.positions_per_row}, but it must be at least 1, or None")
 
     def __call__(
         self,
@@ -116,10 +124,23 @@ class Objective:
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         thoughts: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> QuietStarOutput:
-        """Think about a batch, as ``Text.from_inputs`` takes it, or take ``thoughts`` ``[B, N, r, K]`` as given."""
+        """Think about a batch, as ``Text.from_inputs`` takes it, or take thoughts as given.
+
+        Those are ``thoughts`` ``[B, n, r, K]``, at the text positions ``positions`` ``[B, n]`` int64, ascending in each
+        row; at all of them by default.
+
+        Raises:
+            ValueError: ``positions`` are given without thoughts, or there are thoughts at more or fewer.
+        """
         text = read_batch(model, input_ids, attention_mask, labels, position_ids)
-        grid = model.grid(input_ids.shape[1])
+        grid = self.grid(model, text) if thoughts is None else replace(model.grid(input_ids.shape[1]), chosen=positions)
+        if thoughts is None and positions is not None:
+            raise ValueError("positions are given, but not the thoughts at them")
+        if thoughts is not None and thoughts.shape[1] != grid.thought_positions:
+            known = f"{'the text' if positions is None else 'positions'} has {grid.thought_positions}"
+            raise ValueError(f"thoughts are at {thoughts.shape[1]} positions of each row, but {known}")
         if thoughts is None:
             thoughts = think(
                 model, text, grid, temperature=self.temperature, seed=self.seed, row_offset=self.row_offset
@@ -143,11 +164,19 @@ class Objective:
             rewarded=mean((advantage != 0).float().mean(-1), counts.whole),
             mixing_weight=mean(spoken.weight.mean(2) * counted, counts.ahead.sum()),
             thoughts=thoughts,
+            positions=grid.chosen,
         )
 
+    def grid(self, model: QuietStarModel, text: Text) -> ThoughtGrid:
+        """The grid over a text, with the positions of it that are thought at."""
+        grid = model.grid(text.tokens.shape[1])
+        if self.positions_per_row is None:
+            return grid
+        return choose_positions(text, grid, self.positions_per_row, self.seed, self.row_offset)
+
     def advantage(self, spoken: Talk, grid: ThoughtGrid) -> Tensor:
-        """The detached advantages ``[B, N, r]`` of the thoughts; clamped at 0 unless signed."""
-        log_base = spoken.log_base[:, grid.ahead_positions(spoken.log_base.device)]
+        """The detached advantages ``[B, n, r]`` of the thoughts; clamped at 0 unless signed."""
+        log_base = grid.ahead(spoken.log_base)
         # A thought of weight 0 changed nothing; rounding in a product over other rows must not reward it.
         log_talk = torch.where(spoken.weight == 0, log_base[:, :, None], spoken.log_talk)
         advantage = advantages(log_talk.sum(-1), log_base.sum(-1), self.baseline)
@@ -160,10 +189,10 @@ class Objective:
 
         Args:
             model: the model.
-            policy: states that predict the sampled tokens, ``[B, N, r, K, E]``.
-            thoughts: the sampled tokens, ``[B, N, r, K]``.
-            advantage: ``[B, N, r]``, 0 where a thought does not count.
-            whole: positions all of whose ``m`` targets count, ``[B, N]``.
+            policy: states that predict the sampled tokens, ``[B, n, r, K, E]``.
+            thoughts: the sampled tokens, ``[B, n, r, K]``.
+            advantage: ``[B, n, r]``, 0 where a thought does not count.
+            whole: positions all of whose ``m`` targets count, ``[B, n]``.
         """
         counted = advantage.nonzero(as_tuple=True)
         length = thoughts.shape[-1]

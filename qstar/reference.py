@@ -47,17 +47,19 @@ def objective(
     reinforce_temperature: float,
     baseline: str = "mean",
     signed: bool = False,
+    positions: list[int] | None = None,
 ) -> dict[str, Tensor]:
     """The objective of one text with given thoughts.
 
     Args:
         model: the model; its attention may be any that transformers has.
         tokens: the text x, ``[N]`` int64.
-        thoughts: sampled tokens, ``[N, r, K]`` int64.
+        thoughts: sampled tokens, ``[N, r, K]`` int64; those at ``positions`` ``[n, r, K]``.
         policy_weight: beta.
         reinforce_temperature: the log-probabilities of sampled tokens are taken at.
         baseline: ``mean``, ``leave_one_out`` or ``base``, as in :func:`qstar.learning.advantages`.
         signed: learn from thoughts that did worse as well.
+        positions: of the text that are thought at; by default all.
 
     Returns:
         Scalars ``loss``, ``nll_base``, ``nll_talk`` and ``policy_loss``, with gradients.
@@ -73,12 +75,14 @@ def objective(
     # With each thought: log p_talk of the tokens ahead, and the mean log-probability of the thought itself.
     log_talk: dict[tuple[int, int, int], Tensor] = {}
     log_policy: dict[tuple[int, int], Tensor] = {}
-    for i in range(count):
+    where = range(count) if positions is None else positions
+    for place, i in enumerate(where):
         for p in range(rationales):
-            alone = torch.cat([tokens[: i + 1], start, thoughts[i, p], end, tokens[i + 1 : i + ahead]])
+            thought = thoughts[place, p]
+            alone = torch.cat([tokens[: i + 1], start, thought, end, tokens[i + 1 : i + ahead]])
             states = hidden_states(model, alone)[i + 1 :]
             sampled = (logits(model, states[:length]) / reinforce_temperature).log_softmax(-1)
-            log_policy[i, p] = sampled.gather(-1, thoughts[i, p][:, None]).mean()
+            log_policy[i, p] = sampled.gather(-1, thought[:, None]).mean()
             for k in range(min(ahead, count - 1 - i)):
                 mixed = mix(model, base[i + k], states[length + 1 + k])
                 log_talk[i, p, k] = logits(model, mixed).log_softmax(-1)[tokens[i + k + 1]]
@@ -89,7 +93,7 @@ def objective(
 
     # REINFORCE, over the positions all of whose tokens ahead exist.
     terms = []
-    for i in range(count - ahead):
+    for i in (i for i in where if i < count - ahead):
         without = torch.stack(log_base[i : i + ahead]).sum()
         scores = torch.stack([torch.stack([log_talk[i, p, k] for k in range(ahead)]).sum() for p in range(rationales)])
         for p in range(rationales):
