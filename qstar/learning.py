@@ -50,6 +50,10 @@ class QuietStarOutput(ModelOutput):
     thoughts: Tensor = UNSET
     positions: Tensor | None = None
 
+    def at_thoughts(self, values: Tensor) -> Tensor:
+        """Of values ``[B, N]`` those at the positions that were thought at, ``[B, n]``."""
+        return values if self.positions is None else values.gather(1, self.positions)
+
 
 def advantages(scores: Tensor, base_scores: Tensor, baseline: str) -> Tensor:
     """How much better each rationale did than its baseline.

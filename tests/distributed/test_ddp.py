@@ -28,7 +28,9 @@ def step(model, tokens, row_offset: int = 0):
     return output.thoughts, gradients
 
 
-def trained(folder: str, world_size: int, streamed: bool, at_once: int = 0) -> dict[str, torch.Tensor]:
+def trained(
+    folder: str, world_size: int, streamed: bool, at_once: int = 0, chosen: int | None = None
+) -> dict[str, torch.Tensor]:
     """The weights after two updates of four rows that are learned from to very different extents, and an evaluation."""
     rows = unequal_rows()
     options = dict(max_steps=2, warmup_steps=0, optim="sgd", learning_rate=0.1, max_grad_norm=1e9, save_strategy="no")
@@ -36,7 +38,7 @@ def trained(folder: str, world_size: int, streamed: bool, at_once: int = 0) -> d
     quiet = dict(report_to="none", disable_tqdm=True, sample_steps=0, gradient_norm_steps=0, use_cpu=True)
     batch = dict(per_device_train_batch_size=4 // world_size, train_sampling_strategy="sequential", seq_length=12)
     model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2)
-    args = QuietStarArguments(folder, **options, **quiet, **batch, max_grid_tokens=at_once)
+    args = QuietStarArguments(folder, **options, **quiet, **batch, max_grid_tokens=at_once, positions_per_row=chosen)
     stream = IterableDataset.from_generator(lambda: iter(rows))
     trainer = QuietStarTrainer(model, args, train_dataset=stream if streamed else rows)
     trainer.train()
@@ -46,20 +48,24 @@ def trained(folder: str, world_size: int, streamed: bool, at_once: int = 0) -> d
     return model.state_dict() | {name: torch.tensor(found[name]) for name in LOGGED}
 
 
-def train_elsewhere(rank: int, port: int, results: str, streamed: bool, at_once: int) -> None:
+def train_elsewhere(rank: int, port: int, results: str, streamed: bool, at_once: int, chosen: int | None) -> None:
     meet(rank, port)
-    torch.save(trained(f"{results}/run", RANKS, streamed, at_once), f"{results}/{rank}.pt")
+    torch.save(trained(f"{results}/run", RANKS, streamed, at_once, chosen), f"{results}/{rank}.pt")
     assert distributed.get_world_size() == RANKS
     leave()
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize(("streamed", "at_once"), [(False, 0), (True, 0), (False, 50)], ids=["rows", "stream", "parts"])
-def test_the_trainer_makes_the_same_updates_on_two_processes(streamed, at_once, tmp_path):
+@pytest.mark.parametrize(
+    ("streamed", "at_once", "chosen"),
+    [(False, 0, None), (True, 0, None), (False, 50, None), (False, 0, 4), (False, 50, 4)],
+    ids=["rows", "stream", "parts", "some positions", "parts of some positions"],
+)
+def test_the_trainer_makes_the_same_updates_on_two_processes(streamed, at_once, chosen, tmp_path):
     """Though one of them learns from other numbers of tokens than the other, and from grids in more parts."""
-    on_every_rank(train_elsewhere, free_port(), str(tmp_path), streamed, at_once)
-    whole = trained(str(tmp_path / "alone"), 1, streamed)
+    on_every_rank(train_elsewhere, free_port(), str(tmp_path), streamed, at_once, chosen)
+    whole = trained(str(tmp_path / "alone"), 1, streamed, chosen=chosen)
     start = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2).state_dict()
     for rank in range(RANKS):
         split = torch.load(tmp_path / f"{rank}.pt")

@@ -23,6 +23,7 @@ SAME = ("loss", "grad_norm", "policy_loss", "nll_base", "nll_talk", "reward", "r
 SAME_HELD_OUT = ("eval_tokens", "eval_nll_base", "eval_nll_talk", "eval_mixing_weight")
 # Batches of one row, and checkpointing.
 GRID_IN_PARTS = dict(max_grid_tokens=50, seq_length=12)
+SOME_POSITIONS = dict(positions_per_row=4, seq_length=12)
 IN_PARTS = dict(activation_checkpointing=True, per_device_train_batch_size=1, gradient_accumulation_steps=2)
 
 
@@ -97,6 +98,8 @@ def check_same_inspection(two: Inspection, one: Inspection) -> None:
         pytest.param(["llama"], dict(streamed=True, max_steps=2), id="stream", marks=pytest.mark.slow),
         pytest.param(["llama"], GRID_IN_PARTS, id="grid-in-parts", marks=pytest.mark.slow),
         pytest.param(["gpt2"], GRID_IN_PARTS | IN_PARTS, id="grid-in-parts-checkpointed", marks=pytest.mark.slow),
+        pytest.param(["llama"], SOME_POSITIONS, id="some-positions", marks=pytest.mark.slow),
+        pytest.param(["gpt2"], GRID_IN_PARTS | SOME_POSITIONS, id="some-positions-in-parts", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_with_fsdp_make_the_updates_of_one(families, settings, tmp_path):
