@@ -23,7 +23,7 @@ SAME = ("loss", "grad_norm", "policy_loss", "nll_base", "nll_talk", "reward", "r
 SAME_HELD_OUT = ("eval_tokens", "eval_nll_base", "eval_nll_talk", "eval_mixing_weight")
 # Batches of one row, and checkpointing.
 GRID_IN_PARTS = dict(max_grid_tokens=50, seq_length=12)
-SOME_POSITIONS = dict(positions_per_row=4, seq_length=12)
+SOME_POSITIONS = dict(positions_per_row=5, seq_length=12)
 IN_PARTS = dict(activation_checkpointing=True, per_device_train_batch_size=1, gradient_accumulation_steps=2)
 
 
