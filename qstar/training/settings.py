@@ -109,7 +109,7 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
     )
     positions_per_row: int | None = setting(
         None,
-        "Think at so many random positions of each row, others in every epoch, and not at all of them: in proportion "
+        "Think at so many random positions of each row, others in every step, instead of at all of them: in proportion "
         "less to compute, and less to learn from.",
     )
     on_nonfinite: str = setting(
