@@ -145,6 +145,20 @@ def test_thoughts_at_chosen_positions_are_those_of_all_positions(family):
     assert torch.equal(think(model, text, some, reading=reading, **sampling), taken(whole, CHOSEN))
 
 
+def test_thoughts_at_chosen_positions_of_a_text_whose_beginning_was_let_go():
+    """Where a window of 4 has left 3 of 20 tokens, their places are counted from there."""
+    model, text = thinking_model("mistral"), Text.from_inputs(tiny.text(2, 20))
+    grid, last = model.grid(20), torch.full((2, 1), 19)
+    with torch.no_grad():
+        reading = read_text(model, text, grid)
+        reading.cache.let_go()
+    assert reading.cache.layers[0].gone == 17
+    greedy = dict(temperature=0.0, reading=reading)
+    expected = think(model, text, grid, last=1, **greedy)
+    assert torch.equal(think(model, text, replace(grid, chosen=last), **greedy), expected)
+    assert torch.equal(think(model, text, grid, temperature=0.0)[:, -1:], expected)
+
+
 @pytest.mark.parametrize("limit", [None, 3 * 12 * 2, 1])
 def test_all_positions_when_chosen_are_learned_from_as_ever(limit):
     """Though they go another way: the text first, then their thoughts."""

@@ -13,6 +13,7 @@ from qstar_kernels.testing import AttentionCase, AttentionInputs, assert_close, 
 blocks = import_module("qstar_kernels.thought_attention.torch.blocks")
 by_blocks = import_module("qstar_kernels.thought_attention.torch.blocked")
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the Triton kernels
 RULES = [
     {"window": window, "softcap": softcap, "sinks": sinks, "text_start": start}
     for window, softcap, sinks, start in itertools.product((None, 4), (None, 2.0), (False, True), (False, True))
@@ -115,13 +116,15 @@ def test_triton_kernels_read_given_positions(at, rules):
     pytest.importorskip("triton")
     case, positions = CASE._replace(width=16, value_width=16, **rules), POSITIONS[at]
     inputs, exact = attention_inputs(case, torch.float32), attention_inputs(case)
-    (q, *arguments), given = part_inputs(case, inputs, positions)
+    arguments, given = part_inputs(case, inputs, positions)
+    q, *arguments = (x.to(DEVICE) for x in arguments)
+    given = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     expected, expected_lse = packed_rows(case, exact, positions)
-    out = thought_attention_part(q, *arguments, **given, backend="triton")
+    out = thought_attention_part(q, *arguments, **given, backend="triton").cpu()
     assert_same(out, expected, inputs.leaves, exact.leaves)
     out, lse = thought_attention_step(q[..., 1, :], *arguments, 1, **given, return_lse=True, backend="triton")
-    assert_same(out, expected[..., 1, :], inputs.leaves, exact.leaves)
-    assert_close(lse, expected_lse[..., 1])
+    assert_same(out.cpu(), expected[..., 1, :], inputs.leaves, exact.leaves)
+    assert_close(lse.cpu(), expected_lse[..., 1])
 
 
 def test_gradients_at_given_positions_are_those_of_finite_differences():
