@@ -110,6 +110,17 @@ def test_given_positions_by_flash_attention(monkeypatch, dtype, sinks, rationale
     assert_close(lse, expected_lse[..., 1])
 
 
+def test_given_positions_of_a_long_text():
+    """With as many scores as any library of products wants to see."""
+    case = AttentionCase(1, 2, 1, positions=600, rationales=4, tokens=16, width=32, value_width=32)
+    positions = torch.rand(1, 600, generator=torch.Generator().manual_seed(2)).argsort(1)[:, :64].sort(1).values
+    inputs, exact = attention_inputs(case, torch.float32), attention_inputs(case)
+    arguments, given = part_inputs(case, inputs, positions)
+    expected = thought_attention(*exact[:3], **exact.rules, backend="torch")  # which is held to the reference elsewhere
+    expected = taken(expected[:, :, :, 1:].unflatten(3, (4, 16)), positions)
+    assert_same(thought_attention_part(*arguments, **given), expected, inputs.leaves, exact.leaves)
+
+
 @pytest.mark.parametrize("rules", [RULES[0], RULES[-1]], ids=["plain", "all rules"])
 @pytest.mark.parametrize("at", POSITIONS)
 def test_triton_kernels_read_given_positions(at, rules):

@@ -130,25 +130,28 @@ def attend_text_by_slot(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tens
         x.copy_(part.unflatten(1, (q.shape[1], q.shape[3])).transpose(2, 3))
 
 
-def attend_text(q: Tensor, k: Tensor, v: Tensor, rules: Rules, out: Tensor, lse: Tensor) -> None:
-    """Fill out and lse with those of the text keys k, v [B, Hkv, N, D]."""
-    scale = rules.scale
-    if q.device.type != "cpu":
-        attend_text_by_slot(q, k, v, scale, out, lse)
-        return
+def attend_text_by_block(q: Tensor, k: Tensor, v: Tensor, rules: Rules, out: Tensor, lse: Tensor) -> None:
+    """The same on a CPU, some positions after the other: the last ones, or those of ``rules``."""
     rows, out, lse = (grouped(x, k.shape[1]) for x in (q, out, lse))
     for start, stop, mask in text_blocks(q, k, rules.positions):
         seen = mask.shape[-1]
-        part, part_lse = flash(block_rows(rows, start, stop), k[:, :, :seen], v[:, :, :seen], scale, mask)
+        part, part_lse = flash(block_rows(rows, start, stop), k[:, :, :seen], v[:, :, :seen], rules.scale, mask)
         shape = (stop - start, *out.shape[3:5])
         out[:, :, start:stop], lse[:, :, start:stop] = part.unflatten(2, shape), part_lse.unflatten(2, shape)
 
 
+def attend_text(q: Tensor, k: Tensor, v: Tensor, rules: Rules, out: Tensor, lse: Tensor) -> None:
+    """Fill out and lse with those of the text keys k, v [B, Hkv, N, D]."""
+    if q.device.type != "cpu":
+        attend_text_by_slot(q, k, v, rules.scale, out, lse)
+    else:
+        attend_text_by_block(q, k, v, rules, out, lse)
+
+
 def attend_text_backward(do, out, lse, q, k, v, rules: Rules, dq: Tensor) -> tuple[Tensor, Tensor]:
     """Fill dq with the text keys' part of it; returns dk and dv of the text keys."""
-    scale = rules.scale
     if q.device.type != "cpu":
-        dq_text, dk, dv = flash_backward(*(by_slot(x) for x in (do, out, lse, q)), k, v, scale)
+        dq_text, dk, dv = flash_backward(*(by_slot(x) for x in (do, out, lse, q)), k, v, rules.scale)
         dq.copy_(dq_text.unflatten(1, (q.shape[1], q.shape[3])).transpose(2, 3))
         return dk, dv
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
@@ -156,7 +159,7 @@ def attend_text_backward(do, out, lse, q, k, v, rules: Rules, dq: Tensor) -> tup
     for start, stop, mask in text_blocks(q, k, rules.positions):
         seen = mask.shape[-1]
         parts = (block_rows(x, start, stop) for x in (do, out, lse, rows))
-        dq_part, dk_part, dv_part = flash_backward(*parts, k[:, :, :seen], v[:, :, :seen], scale, mask)
+        dq_part, dk_part, dv_part = flash_backward(*parts, k[:, :, :seen], v[:, :, :seen], rules.scale, mask)
         dq[:, :, start:stop] = dq_part.unflatten(2, (stop - start, *dq.shape[3:5]))
         dk[:, :, :seen] += dk_part
         dv[:, :, :seen] += dv_part
@@ -214,7 +217,7 @@ def attend_step(q, k_text, v_text, k_own, v_own, rules: Rules, out: Tensor, lse:
     if rules.positions is None:
         attend_text_by_slot(q, k_text, v_text, rules.scale, out, lse)
     else:
-        attend_text(q, k_text, v_text, rules, out, lse)
+        attend_text_by_block(q, k_text, v_text, rules, out, lse)
     kv_heads = k_text.shape[1]
     scores = (grouped(q, kv_heads).to(lse.dtype) * rules.scale) @ k_own.to(lse.dtype).mT
     mine_lse = scores.logsumexp(dim=-1)
