@@ -137,6 +137,20 @@ def in_turn(length: int, rounds: int, **changes: int) -> list[tuple[float, ...]]
     return [tuple(seconds(step, models[name], tokens) for name, step in STEPS.items()) for _ in range(rounds)]
 
 
+def by_positions(length: int, counts: list[int], rounds: int) -> list[tuple[float, ...]]:
+    """Seconds of our step with thoughts at all positions of a row and at ``counts`` of them, taken in turn."""
+    model, tokens = make_model("qstar"), texts(length)
+    objectives = [Objective(positions_per_row=count) for count in (None, *counts)]
+
+    def step(objective: Objective) -> None:
+        model.zero_grad(set_to_none=True)
+        objective(model, tokens).loss.backward()
+
+    for objective in objectives:
+        step(objective)
+    return [tuple(seconds(step, objective) for objective in objectives) for _ in range(rounds)]
+
+
 def check_agreement() -> None:
     """Both paths find the same loss and gradients for the same thoughts."""
     tokens = texts(12)
@@ -175,10 +189,24 @@ def main() -> None:
     )
     parser.add_argument("lengths", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--positions-per-row",
+        type=int,
+        nargs="+",
+        metavar="n",
+        help="ours alone, with thoughts at so many positions of a row beside all",
+    )
     options = parser.parse_args()
     check_agreement()
     print(*(each for each in explain("cpu") if each.op == "linear"))
-    for length in options.lengths:
+    for length in options.lengths if options.positions_per_row else ():
+        turns = by_positions(length, options.positions_per_row, options.rounds)
+        for at, count in enumerate([length, *options.positions_per_row]):
+            print(
+                f"N {length}, thoughts at {count} positions: {median(turn[at] for turn in turns):.2f} s, "
+                f"{spread(turn[at] / turn[0] for turn in turns)} as long as at all"
+            )
+    for length in () if options.positions_per_row else options.lengths:
         turns = in_turn(length, options.rounds)
         masked, by_torch, ours = (median(column) for column in zip(*turns, strict=True))
         memory = [peak_memory(name, length) / 1e9 for name in ("masked", "ours")]

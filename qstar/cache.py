@@ -1,4 +1,4 @@
-"""Keys and values of a text that is read once, and of the thoughts at its last positions.
+"""Keys and values of a text that is read once, and of the thoughts at some of its positions.
 
 Thinking, speaking and generating share it: the text is never read twice, and thoughts are dropped without a trace. What
 is kept is what each attention of the model was given, in the order of its calls. So it does not matter what a model
@@ -13,12 +13,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-NO_PARTS = "its grids cannot be read in parts, so there must be no max_grid_tokens (0 in the settings of a run)"
+NO_PARTS = (
+    "its grids cannot be read in parts, so there must be no max_grid_tokens (0 in the settings of a run) and no "
+    "positions_per_row"
+)
 AT_HAND = ("cpu",)  # devices whose values the host reads at once; a CPU writes a slice in a fifth of an index's time
 
 
 class ThoughtCache:
-    """The cache of a text ``[B, Hkv, N, D]`` and of thoughts ``[B, Hkv, Nq, r, T, D]`` at its last ``Nq`` positions.
+    """The cache of a text ``[B, Hkv, N, D]`` and of thoughts ``[B, Hkv, Nq, r, T, D]`` at ``Nq`` positions.
 
     Text and thoughts are filled by the layouts of :mod:`qstar.layouts`; no key is copied twice. The text can be cut
     (:meth:`cut`), and its rows taken in another order (:meth:`take_rows`).

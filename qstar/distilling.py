@@ -6,23 +6,23 @@ What is learned so costs nothing when the model answers: the plain decoder, whic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import repeat
 from torch import Tensor
 from torch.profiler import record_function
 
-from qstar.grid import IGNORED, Counts
+from qstar.grid import IGNORED
 from qstar.layouts import Packed
-from qstar.learning import QuietStarOutput, mean
+from qstar.learning import QuietStarOutput, Thinker, mean
 from qstar.model import QuietStarModel
 from qstar.talking import mixed_states, read_batch, shares
-from qstar.thinking import evaluating, think
+from qstar.thinking import evaluating
 
 
-@dataclass
-class Distillation:
+@dataclass(kw_only=True)
+class Distillation(Thinker):
     """The objective of a stage that distils; calling it thinks, and returns the loss.
 
     The teacher is the model itself, with its thoughts: at a position i the mixed prediction of talk step 0, averaged in
@@ -37,16 +37,9 @@ class Distillation:
 
     Attributes:
         likelihood_weight: of NLL_base; with 0 the divergence alone is learned from.
-        temperature: thoughts are sampled at; 0 is greedy.
-        seed, row_offset, counts, max_grid_tokens: as those of :class:`qstar.Objective`.
     """
 
     likelihood_weight: float = 1.0
-    temperature: float = 1.0
-    seed: int = 0
-    row_offset: int = 0
-    counts: Counts | None = None
-    max_grid_tokens: int | None = None
 
     def __call__(
         self,
@@ -56,28 +49,27 @@ class Distillation:
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         thoughts: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> QuietStarOutput:
-        """Think about a batch, as ``Text.from_inputs`` takes it, or take ``thoughts`` ``[B, N, r, K]`` as given.
+        """Think about a batch, or take thoughts as given, both as :class:`qstar.Objective` does.
 
         ``nll_talk`` of what is returned is of the next token alone.
         """
         text = read_batch(model, input_ids, attention_mask, labels, position_ids)
-        grid = model.grid(input_ids.shape[1], ahead_tokens=1)
-        if thoughts is None:
-            thoughts = think(
-                model, text, grid, temperature=self.temperature, seed=self.seed, row_offset=self.row_offset
-            )
+        grid, thoughts = self.thoughts_about(model, text, thoughts, positions)
+        grid = replace(grid, ahead_tokens=1)
         counts = text.counts(grid) if self.counts is None else self.counts
         thought_at = counts.ahead[0]  # positions whose next token is predicted after a thought
-        head, targets = model.language_head(), text.targets
+        head, targets = model.language_head(), grid.at_chosen(text.targets)
         with torch.no_grad(), evaluating(model):
             states = mixed_states(model, text, grid, thoughts, self.max_grid_tokens)
             teacher = states.mixed.squeeze(3).flatten(0, 1)
             log_talk = head.log_prob(teacher.flatten(0, 1), repeat(targets, "b n -> (b n r)", r=grid.rationales))
         with record_function("qstar::distil"):
-            student = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start)).flatten(0, 1)
-            weight = shares(targets, counts.text).flatten()
-            total, _ = head.log_prob_sum(student.to(teacher.dtype), targets.flatten(), weight)
+            base = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start))
+            weight = shares(text.targets, counts.text).flatten()
+            total, _ = head.log_prob_sum(base.flatten(0, 1).to(teacher.dtype), text.targets.flatten(), weight)
+            student = grid.states_at_chosen(base).flatten(0, 1)
             divergence = head.divergence(teacher, student, shares(targets, thought_at).flatten())
         return QuietStarOutput(
             loss=divergence - self.likelihood_weight * total,
@@ -86,4 +78,5 @@ class Distillation:
             nll_talk=-mean(log_talk, thought_at * grid.rationales),
             mixing_weight=mean(states.weight.squeeze(3).mean(2) * (targets != IGNORED), thought_at),
             thoughts=thoughts,
+            positions=grid.chosen,
         )

@@ -2,12 +2,13 @@
 
 Every text position owns ``C = 1 + r*T`` slots. Slot 0 holds the text token; rationale ``p`` owns the ``T`` slots from
 ``1 + p*T`` on: the start token, ``K`` sampled tokens, the end token, and the next ``m - 1`` text tokens. Laid out
-position by position the grid is one sequence of ``N*C`` tokens, which any decoder can read in one pass.
+position by position the grid is one sequence of ``N*C`` tokens, which any decoder can read in one pass. Where only some
+positions are chosen, the others own their text token alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange, repeat
@@ -18,12 +19,22 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class ThoughtGrid:
-    """``N`` text positions with ``r`` rationales of ``T = K + m + 1`` tokens at each."""
+    """``N`` text positions with ``r`` rationales of ``T = K + m + 1`` tokens at each, or at each of some.
+
+    Attributes:
+        positions: N.
+        rationales: r.
+        thought_tokens: K.
+        ahead_tokens: m.
+        chosen: the text positions that have rationales, ``[B, n]`` int64, ascending in each row; None where all have.
+            Everywhere else n is then N.
+    """
 
     positions: int
     rationales: int
     thought_tokens: int
     ahead_tokens: int
+    chosen: Tensor | None = field(default=None, compare=False)
 
     @property
     def rationale_length(self) -> int:
@@ -35,23 +46,40 @@ class ThoughtGrid:
         """C: the slots at one position."""
         return 1 + self.rationales * self.rationale_length
 
+    @property
+    def thought_positions(self) -> int:
+        """n: the positions in a row that have rationales."""
+        return self.positions if self.chosen is None else self.chosen.shape[1]
+
+    def row_tokens(self, thought_positions: int | None = None) -> int:
+        """Tokens of text and thoughts in a row where at most so many of its positions have rationales, or all."""
+        n = self.positions if thought_positions is None else min(thought_positions, self.positions)
+        return self.positions + n * (self.slots - 1)
+
     def position_ids(self, text_positions: Tensor) -> Tensor:
         """Position ids of the grid, ``[B, N*C]``: ``i`` for a text token, ``i + 1 + t`` for token ``t`` of a rationale.
 
         ``text_positions`` ``[B, N]`` int64 holds each text token's position in its document.
         """
-        ahead = torch.arange(1, 1 + self.rationale_length, device=text_positions.device)
-        offsets = torch.cat([ahead.new_zeros(1), ahead.repeat(self.rationales)])
-        return rearrange(text_positions[..., None] + offsets, "b n c -> b (n c)")
+        return self._packed(text_positions, self.rationale_position_ids(text_positions))
+
+    def rationale_position_ids(self, text_positions: Tensor) -> Tensor:
+        """Those of the rationales alone, ``[B, n, r*T]``."""
+        offsets = torch.arange(1, 1 + self.rationale_length, device=text_positions.device).repeat(self.rationales)
+        return self.at_chosen(text_positions)[..., None] + offsets
 
     def tokens(self, text: Tensor, thoughts: Tensor, start: int, end: int) -> Tensor:
-        """Token ids of the grid, ``[B, N*C]`` int64.
+        """Token ids of the grid, ``[B, N*C]`` int64; the arguments are those of :meth:`rationale_tokens`."""
+        return self._packed(text, self.rationale_tokens(text, thoughts, start, end))
 
-        ``text`` is ``[B, N]``, ``thoughts`` the sampled tokens ``[B, N, r, K]``, ``start`` and ``end`` the ids that
+    def rationale_tokens(self, text: Tensor, thoughts: Tensor, start: int, end: int) -> Tensor:
+        """Token ids of the rationales, ``[B, n, r*T]`` int64.
+
+        ``text`` is ``[B, N]``, ``thoughts`` the sampled tokens ``[B, n, r, K]``, ``start`` and ``end`` the ids that
         open and close a thought. Teacher-forced tokens past the end of the text repeat its last one: nothing that
         counts is predicted from them.
         """
-        following = text[:, self.ahead_positions(text.device)[:, 1:]]
+        following = self.ahead(text)[..., 1:]
         rationale = torch.cat(
             [
                 torch.full_like(thoughts[..., :1], start),
@@ -61,16 +89,35 @@ class ThoughtGrid:
             ],
             dim=-1,
         )
-        return rearrange(torch.cat([text[..., None], rationale.flatten(2)], dim=-1), "b n c -> b (n c)")
+        return rationale.flatten(2)
+
+    def _packed(self, text: Tensor, rationales: Tensor) -> Tensor:
+        """``[B, N*C]`` of what stands in the slots of the text, ``[B, N]``, and of the rationales, ``[B, N, r*T]``."""
+        return rearrange(torch.cat([text[..., None], rationales], dim=-1), "b n c -> b (n c)")
+
+    def at_chosen(self, values: Tensor) -> Tensor:
+        """Of values ``[B, N]`` those at the positions that have rationales, ``[B, n]``."""
+        return values if self.chosen is None else values.gather(1, self.chosen)
+
+    def states_at_chosen(self, states: Tensor) -> Tensor:
+        """The same of states ``[B, N, E]``, ``[B, n, E]``."""
+        if self.chosen is None:
+            return states
+        return states.gather(1, self.chosen[..., None].expand(-1, -1, states.shape[-1]))
 
     def ahead_positions(self, device: torch.device) -> Tensor:
-        """The text position ``i + k`` that talk step ``k`` stands at, ``[N, m]`` int64, held below ``N``."""
-        ahead = torch.arange(self.positions, device=device)[:, None] + torch.arange(self.ahead_tokens, device=device)
+        """The text position ``i + k`` that talk step ``k`` stands at, ``[N, m]`` int64, held below ``N``.
+
+        Of chosen positions, which differ from row to row, ``[B, n, m]``.
+        """
+        first = torch.arange(self.positions, device=device) if self.chosen is None else self.chosen
+        ahead = first[..., None] + torch.arange(self.ahead_tokens, device=device)
         return ahead.clamp(max=max(self.positions - 1, 0))
 
-    def part(self, values: Tensor, here: slice) -> Tensor:
-        """Of ``values`` ``[B, N*C]`` the thoughts' at the positions ``here``, ``[B, n*r*T]``."""
-        return rearrange(values, "b (n c) -> b n c", c=self.slots)[:, here, 1:].flatten(1)
+    def ahead(self, values: Tensor) -> Tensor:
+        """Of values ``[B, N]`` those at :meth:`ahead_positions`, ``[B, n, m]``."""
+        index = self.ahead_positions(values.device)
+        return values[:, index] if self.chosen is None else values.gather(1, index.flatten(1)).view_as(index)
 
     def split(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states ``[B, N*C, E]`` as views by role: text, policy, talk.
@@ -81,8 +128,12 @@ class ThoughtGrid:
             talk ``[B, N, r, m, E]``: predicts text token ``i + k + 1`` after the thought.
         """
         grid = rearrange(hidden, "b (n c) e -> b n c e", c=self.slots)
-        rationales = rearrange(grid[:, :, 1:], "b n (r t) e -> b n r t e", r=self.rationales)
-        return grid[:, :, 0], rationales[:, :, :, : self.thought_tokens], rationales[:, :, :, self.thought_tokens + 1 :]
+        return grid[:, :, 0], *self.split_rationales(grid[:, :, 1:])
+
+    def split_rationales(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states of the rationales ``[B, n, r*T, E]`` as ``policy`` and ``talk`` of :meth:`split`."""
+        rationales = rearrange(hidden, "b n (r t) e -> b n r t e", r=self.rationales)
+        return rationales[:, :, :, : self.thought_tokens], rationales[:, :, :, self.thought_tokens + 1 :]
 
 
 @dataclass(frozen=True)
@@ -176,14 +227,13 @@ class Text:
         return cls(input_ids, positions, start if starts_later else None, targets)
 
     def talk_targets(self, grid: ThoughtGrid) -> Tensor:
-        """What talk step ``k`` at position ``i`` must predict, ``x_{i+k+1}`` or ``IGNORED``, ``[B, N, m]`` int64.
+        """What talk step ``k`` at position ``i`` must predict, ``x_{i+k+1}`` or ``IGNORED``, ``[B, n, m]`` int64.
 
         Ignored are targets past the end of the text or of the document, padding, and labels of -100.
         """
-        ahead = grid.ahead_positions(self.tokens.device)
         steps = torch.arange(grid.ahead_tokens, device=self.tokens.device)
-        same_document = self.positions[:, ahead] == self.positions[..., None] + steps
-        return torch.where(same_document, self.targets[:, ahead], IGNORED)
+        same_document = grid.ahead(self.positions) == grid.at_chosen(self.positions)[..., None] + steps
+        return torch.where(same_document, grid.ahead(self.targets), IGNORED)
 
     def counts(self, grid: ThoughtGrid) -> Counts:
         """What the means over this batch are taken over."""

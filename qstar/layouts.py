@@ -56,15 +56,16 @@ class Packed:
 
 @dataclass(frozen=True)
 class Part:
-    """The thoughts at some neighbouring positions of a text that was read before, all their tokens, ``[B, n*r*T]``.
+    """The thoughts at some positions of a text that was read before, all their tokens, ``[B, n*r*T]``.
 
     Attributes:
         cache: what the text's attentions were given.
-        stop: the position after the last one.
+        stop: the position after the last one; where ``at`` is None the others come right before it.
         rationales: r.
         tokens: T.
         start: as of :class:`Packed`, of all the text ``[B, N]``.
         window: as of :class:`Packed`.
+        at: the positions, ``[B, n]`` int64.
     """
 
     cache: KeptText
@@ -73,6 +74,7 @@ class Part:
     tokens: int
     start: Tensor | None = None
     window: int | None = None
+    at: Tensor | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: KeptLayer, **options: Any) -> Tensor:
         """As :meth:`Packed.attend`, with all keys and values of the layer."""
@@ -87,6 +89,7 @@ class Part:
             v,
             window=self.window,
             text_start=None if self.start is None else self.start[:, : self.stop],
+            positions=self.at,
             **options,
         )
         return rearrange(out, "b h n r t d -> b (n r t) h d")
@@ -94,12 +97,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """One token of every rationale at the last positions of a text whose keys lie in ``cache``, ``[B, Nq*r]``."""
+    """One token of every rationale at some positions of a text whose keys lie in ``cache``, ``[B, Nq*r]``.
+
+    They are the last ones, or those of ``at`` ``[B, Nq]`` int64.
+    """
 
     cache: ThoughtCache
     step: int | Tensor
     start: Tensor | None = None
     window: int | None = None
+    at: Tensor | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: CachedLayer, **options: Any) -> Tensor:
         """As :meth:`Packed.attend`, with all keys and values of the layer."""
@@ -114,6 +121,7 @@ class Step:
             self.step,
             window=self.window,
             text_start=held_start(self.start, layer),
+            positions=None if self.at is None else self.at - layer.gone,
             **options,
         )
         return rearrange(out, "b h n r d -> b (n r) h d")

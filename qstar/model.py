@@ -86,7 +86,7 @@ class QuietStarModel(_Decoder):
             ValueError: it reaches beyond the positions that the model knows.
         """
         mine = self.qstar
-        sizes = dict(rationales=mine.rationales, thought_tokens=mine.thought_tokens, ahead_tokens=mine.ahead_tokens)
+        sizes: dict[str, Any] = {name: getattr(mine, name) for name in ("rationales", "thought_tokens", "ahead_tokens")}
         grid = ThoughtGrid(positions, **(sizes | changes))
         self.check_length(positions, grid.rationale_length)
         return grid

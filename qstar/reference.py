@@ -45,33 +45,41 @@ def mix(model: QuietStarModel, u: Tensor, g: Tensor) -> Tensor:
 
 
 def distillation(
-    model: QuietStarModel, tokens: Tensor, thoughts: Tensor, *, likelihood_weight: float
+    model: QuietStarModel,
+    tokens: Tensor,
+    thoughts: Tensor,
+    *,
+    likelihood_weight: float,
+    positions: list[int] | None = None,
 ) -> dict[str, Tensor]:
     """What a stage that distils minimises, of one text with given thoughts.
 
-    The divergence is the mean over the positions of KL(q || p), q being what is predicted after each thought, averaged
-    in probability over the rationales, and p what is predicted without; q carries no gradient.
+    The divergence is the mean over the positions with thoughts of KL(q || p), q being what is predicted after each
+    thought, averaged in probability over the rationales, and p what is predicted without; q carries no gradient.
 
     Args:
         model: the model; its attention may be any that transformers has.
         tokens: the text x, ``[N]`` int64.
-        thoughts: sampled tokens, ``[N, r, K]`` int64.
+        thoughts: sampled tokens, ``[N, r, K]`` int64; those at ``positions`` ``[n, r, K]``.
         likelihood_weight: of the likelihood of the text without thoughts.
+        positions: of the text that are thought at; by default all.
 
     Returns:
         Scalars ``loss``, ``divergence`` and ``nll_base``, nats, with gradients.
     """
     start, end = tokens.new_tensor([model.qstar.start_token_id]), tokens.new_tensor([model.qstar.end_token_id])
     base = hidden_states(model, tokens)
-    divergences, log_base = [], []
-    for i in range(len(tokens) - 1):
+    log_base = [logits(model, base[i]).log_softmax(-1)[tokens[i + 1]] for i in range(len(tokens) - 1)]
+    divergences = []
+    for place, i in enumerate(range(len(tokens)) if positions is None else positions):
+        if i == len(tokens) - 1:  # nothing is predicted there
+            continue
         after = []
-        for thought in thoughts[i]:
+        for thought in thoughts[place]:
             state = hidden_states(model, torch.cat([tokens[: i + 1], start, thought, end]))[-1]
             after.append(logits(model, mix(model, base[i], state)).softmax(-1))
         q = torch.stack(after).mean(0).detach()
         log_p = logits(model, base[i]).log_softmax(-1)
-        log_base.append(log_p[tokens[i + 1]])
         said = q > 0
         divergences.append((q[said] * (q[said].log() - log_p[said])).sum())
     divergence, nll_base = torch.stack(divergences).mean(), -torch.stack(log_base).mean()
@@ -89,19 +97,21 @@ def objective(
     signed: bool = False,
     likelihood_weight: float = 1.0,
     entropy_weight: float = 0.0,
+    positions: list[int] | None = None,
 ) -> dict[str, Tensor]:
     """The objective of one text with given thoughts.
 
     Args:
         model: the model; its attention may be any that transformers has.
         tokens: the text x, ``[N]`` int64.
-        thoughts: sampled tokens, ``[N, r, K]`` int64.
+        thoughts: sampled tokens, ``[N, r, K]`` int64; those at ``positions`` ``[n, r, K]``.
         policy_weight: beta.
         reinforce_temperature: the log-probabilities of sampled tokens are taken at.
         baseline: ``mean``, ``leave_one_out`` or ``base``, as in :func:`qstar.learning.advantages`.
         signed: learn from thoughts that did worse as well.
         likelihood_weight: of the likelihood of the text.
         entropy_weight: of the bonus for the policy's entropy.
+        positions: of the text that are thought at; by default all.
 
     Returns:
         Scalars ``loss``, ``nll_base``, ``nll_talk`` and ``policy_loss``, and ``policy_entropy`` where it has a weight,
@@ -120,12 +130,14 @@ def objective(
     log_talk: dict[tuple[int, int, int], Tensor] = {}
     log_policy: dict[tuple[int, int], Tensor] = {}
     entropy: dict[tuple[int, int], Tensor] = {}
-    for i in range(count):
+    where = range(count) if positions is None else positions
+    for place, i in enumerate(where):
         for p in range(rationales):
-            alone = torch.cat([tokens[: i + 1], start, thoughts[i, p], end, tokens[i + 1 : i + ahead]])
+            thought = thoughts[place, p]
+            alone = torch.cat([tokens[: i + 1], start, thought, end, tokens[i + 1 : i + ahead]])
             states = hidden_states(model, alone)[i + 1 :]
             sampled = (logits(model, states[:length]) / reinforce_temperature).log_softmax(-1)
-            log_policy[i, p] = sampled.gather(-1, thoughts[i, p][:, None]).mean()
+            log_policy[i, p] = sampled.gather(-1, thought[:, None]).mean()
             drawn_from = logits(model, states[:length]).log_softmax(-1)
             log_p = drawn_from.masked_fill(drawn_from == -torch.inf, 0)  # p log p is 0 where p is
             entropy[i, p] = -(drawn_from.exp() * log_p).sum(-1).mean()
@@ -138,8 +150,8 @@ def objective(
     nll_talk = -torch.stack([values.mean() for values in per_step]).mean()
 
     # REINFORCE, over the positions all of whose tokens ahead exist.
-    terms = []
-    for i in range(count - ahead):
+    terms, whole = [], [i for i in where if i < count - ahead]
+    for i in whole:
         without = torch.stack(log_base[i : i + ahead]).sum()
         scores = torch.stack([torch.stack([log_talk[i, p, k] for k in range(ahead)]).sum() for p in range(rationales)])
         for p in range(rationales):
@@ -151,7 +163,7 @@ def objective(
             advantage = (scores[p] - average).detach()
             terms.append((advantage if signed else advantage.clamp(min=0)) * log_policy[i, p])
     policy_loss = -torch.stack(terms).mean()
-    policy_entropy = torch.stack([entropy[i, p] for i in range(count - ahead) for p in range(rationales)]).mean()
+    policy_entropy = torch.stack([entropy[i, p] for i in whole for p in range(rationales)]).mean()
     loss = likelihood_weight * (nll_base + nll_talk) / 2 + policy_weight * policy_loss
     return {
         "loss": loss - entropy_weight * policy_entropy if entropy_weight else loss,

@@ -1,7 +1,7 @@
 """Talk, the second of the paper's three steps: predict the text after a thought, mixed with the prediction without.
 
-In training all text and all thoughts are one packed pass, or some (:func:`read_grid`); where a model answers, a thought
-is read token by token into the cache of the text (:func:`speak`). ``learning.py`` goes on from here.
+In training all text and all thoughts are one packed pass, or some (:func:`read_apart`); where a model answers, a
+thought is read token by token into the cache of the text (:func:`speak`). ``learning.py`` goes on from here.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Talk:
     Attributes:
         loss: ``(NLL_base + NLL_talk) / 2``; of all this it alone and ``policy`` carry gradients.
         log_base: without thoughts, ``[B, N]``.
-        log_talk: of ``x_{i+k+1}`` after the thought at ``i``, ``[B, N, r, m]``.
-        weight: of the thought in the mix, ``[B, N, r, m]``.
-        targets: what ``log_talk`` scores, ``[B, N, m]`` int64, ``IGNORED`` where nothing.
-        policy: states that predict the sampled tokens, ``[B, N, r, K, E]``.
+        log_talk: of ``x_{i+k+1}`` after the thought at ``i``, ``[B, n, r, m]``.
+        weight: of the thought in the mix, ``[B, n, r, m]``.
+        targets: what ``log_talk`` scores, ``[B, n, m]`` int64, ``IGNORED`` where nothing.
+        policy: states that predict the sampled tokens, ``[B, n, r, K, E]``.
     """
 
     loss: Tensor
@@ -49,9 +49,9 @@ class MixedStates(NamedTuple):
 
     Attributes:
         base: of the text, ``[B, N, E]``.
-        policy: that predict the sampled tokens, ``[B, N, r, K, E]``.
-        mixed: that predict ``x_{i+k+1}`` after the thought at ``i``, ``[B, N, r, m, E]``, at least fp32.
-        weight: of the thought in them, ``[B, N, r, m]``.
+        policy: that predict the sampled tokens, ``[B, n, r, K, E]``.
+        mixed: that predict ``x_{i+k+1}`` after the thought at ``i``, ``[B, n, r, m, E]``, at least fp32.
+        weight: of the thought in them, ``[B, n, r, m]``.
     """
 
     base: Tensor
@@ -63,38 +63,60 @@ class MixedStates(NamedTuple):
 def read_grid(
     model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, max_tokens: int | None = None
 ) -> Tensor:
-    """Hidden states ``[B, N*C, E]`` of text and thoughts ``[B, N, r, K]``.
+    """Hidden states ``[B, N*C, E]`` of text and thoughts ``[B, N, r, K]`` at all positions.
 
-    All in one packed pass, unless it has more than ``max_tokens`` tokens: then the text is read by itself, and the
-    thoughts at some positions after the other. Their activations do not stay: each part is computed once more for its
-    gradients, so that memory holds the text's and those of one part.
+    All in one packed pass, unless it has more than ``max_tokens`` tokens: then as :func:`read_apart` does.
+    """
+    if max_tokens is None or len(text.tokens) * grid.row_tokens() <= max_tokens:
+        model.check_rotary_factors(text.positions, grid.rationale_length)
+        tokens = grid.tokens(text.tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
+        layout = Packed(grid.slots, grid.rationales, start=text.start)
+        return model.read(tokens, grid.position_ids(text.positions), layout)
+    base, after = read_apart(model, text, grid, thoughts, max_tokens)
+    return torch.cat([base[:, :, None], after], dim=2).flatten(1, 2)
+
+
+def read_apart(
+    model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, max_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Hidden states of the text ``[B, N, E]`` and of thoughts ``[B, n, r, K]`` about it, ``[B, n, r*T, E]``.
+
+    The text is read by itself, and then all thoughts, unless they and the text have more than ``max_tokens`` tokens:
+    then those at some positions after the other. Their activations do not stay: each part is computed once more for
+    its gradients, so that memory holds the text's and those of one part.
     """
     model.check_rotary_factors(text.positions, grid.rationale_length)
-    tokens = grid.tokens(text.tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
-    positions = grid.position_ids(text.positions)
-    if max_tokens is None or tokens.numel() <= max_tokens:
-        return model.read(tokens, positions, Packed(grid.slots, grid.rationales, start=text.start))
-    kept = KeptText()
+    tokens = grid.rationale_tokens(text.tokens, thoughts, model.qstar.start_token_id, model.qstar.end_token_id)
+    positions = grid.rationale_position_ids(text.positions)
+    kept, count = KeptText(), grid.thought_positions
     base = model.read(text.tokens, text.positions, Packed(slots=1, start=text.start, cache=kept))
 
-    def read_part(start: int) -> Tensor:
-        here = slice(start, min(start + size, grid.positions))
-        layout = Part(kept, here.stop, grid.rationales, grid.rationale_length, start=text.start)
+    def read_part(begin: int) -> Tensor:
+        here = slice(begin, min(begin + size, count))
+        stop, at = (here.stop, None) if grid.chosen is None else (grid.positions, grid.chosen[:, here])
+        layout = Part(kept, stop, grid.rationales, grid.rationale_length, start=text.start, at=at)
         with cpu_products(library):
-            return model.read(grid.part(tokens, here), grid.part(positions, here), layout)
+            return model.read(tokens[:, here].flatten(1), positions[:, here].flatten(1), layout)
 
     library = current_cpu_products()  # the backward must compute a part as the forward did
-    size = max(max_tokens // (len(tokens) * (grid.slots - 1)), 1)
-    parts = [checkpoint(read_part, start, use_reentrant=False) for start in range(0, grid.positions, size)]
-    after = rearrange(torch.cat(parts, dim=1), "b (n s) e -> b n s e", n=grid.positions)
-    return torch.cat([base[:, :, None], after], dim=2).flatten(1, 2)
+    if max_tokens is None or len(tokens) * grid.row_tokens(count) <= max_tokens:
+        size = count
+        parts = [read_part(0)]
+    else:
+        size = max(max_tokens // (len(tokens) * (grid.slots - 1)), 1)
+        parts = [checkpoint(read_part, begin, use_reentrant=False) for begin in range(0, count, size)]
+    return base, rearrange(torch.cat(parts, dim=1), "b (n s) e -> b n s e", n=count)
 
 
 def mixed_states(
     model: QuietStarModel, text: Text, grid: ThoughtGrid, thoughts: Tensor, max_grid_tokens: int | None = None
 ) -> MixedStates:
-    """Read the text and thoughts ``[B, N, r, K]``, and mix what each thought leads to; the rest as :func:`talk`."""
-    base, policy, after = grid.split(read_grid(model, text, grid, thoughts, max_grid_tokens))
+    """Read the text and thoughts ``[B, n, r, K]``, and mix what each thought leads to; the rest as :func:`talk`."""
+    if grid.chosen is None:
+        base, policy, after = grid.split(read_grid(model, text, grid, thoughts, max_grid_tokens))
+    else:
+        base, rationales = read_apart(model, text, grid, thoughts, max_grid_tokens)
+        policy, after = grid.split_rationales(rationales)
     batch, positions = text.tokens.shape
     row = torch.arange(batch, device=base.device)[:, None, None] * positions
     base_index = repeat(row + grid.ahead_positions(base.device), "b n m -> b n r m", r=grid.rationales)
@@ -115,10 +137,10 @@ def talk(
     Args:
         model: the model.
         text: the text, ``[B, N]``.
-        grid: how many rationales of how many tokens.
-        thoughts: the thoughts to read, ``[B, N, r, K]`` int64.
+        grid: how many rationales of how many tokens, and where.
+        thoughts: the thoughts to read, ``[B, n, r, K]`` int64.
         counts: what the means of the loss are taken over; over this batch by default.
-        max_grid_tokens: how much is read at once, see :func:`read_grid`; all by default.
+        max_grid_tokens: how much is read at once, see :func:`read_apart`; all by default.
     """
     with record_function("qstar::talk"):
         return score_states(model, text, grid, mixed_states(model, text, grid, thoughts, max_grid_tokens), counts)

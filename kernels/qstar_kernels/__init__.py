@@ -8,6 +8,7 @@ PyTorch's own libraries, those of linear layers inside :func:`faster_linear`; :f
 """
 
 from qstar_kernels.backends import explain
+from qstar_kernels.common.random_bits import row_uniforms
 from qstar_kernels.lm_head import linear_log_prob, linear_log_prob_sum, mix_hidden, sample_linear
 from qstar_kernels.products import CPU_LIBRARIES, cpu_products, current_cpu_products, faster_linear, linear
 from qstar_kernels.thought_attention import thought_attention, thought_attention_part, thought_attention_step
@@ -22,6 +23,7 @@ __all__ = [
     "linear_log_prob",
     "linear_log_prob_sum",
     "mix_hidden",
+    "row_uniforms",
     "sample_linear",
     "thought_attention",
     "thought_attention_part",

@@ -98,6 +98,7 @@ def thought_attention_step(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     text_start: Tensor | None = None,
+    positions: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """q [B, Hq, Nq, r, D] of token ``step`` against k_text [B, Hkv, N, D] and k_thought [B, Hkv, Nq, r, T, D]."""
@@ -106,14 +107,16 @@ def thought_attention_step(
     k = torch.cat([k_text, k_thought[..., :filled, :].flatten(2, 4)], dim=2)
     v = torch.cat([v_text, v_thought[..., :filled, :].flatten(2, 4)], dim=2)
 
-    position = torch.arange(length - queries, length, device=q.device).repeat_interleave(rationales)
     text = torch.arange(length, device=q.device)
-    start = torch.zeros(1, length, dtype=torch.int64, device=q.device) if text_start is None else text_start
-    sees_text = (text <= position[:, None]) & (text >= start[:, position, None])
+    if positions is None:
+        positions = text[length - queries :].expand(len(q), -1)
+    position = positions.repeat_interleave(rationales, dim=1)[..., None]
+    start = torch.zeros_like(text).expand(len(q), -1) if text_start is None else text_start
+    sees_text = (text <= position) & (text >= start.gather(1, position[..., 0])[..., None])
     row = torch.arange(queries * rationales, device=q.device)
     sees_thought = row[:, None] == row.repeat_interleave(filled)
     if window is not None:
-        sees_text = sees_text & (position[:, None] + filled - text < window)
+        sees_text = sees_text & (position + filled - text < window)
         sees_thought = sees_thought & (torch.arange(filled, device=q.device).flip(0) < window).repeat(len(row))
     visible = torch.cat([sees_text, sees_thought.expand(len(sees_text), -1, -1)], dim=-1)
 

@@ -55,21 +55,26 @@ class CollapseWarning(TrainerCallback):
 
 
 def show_thoughts(
-    tokenizer: PreTrainedTokenizerBase | None, input_ids: Tensor, thoughts: Tensor, samples: int = 3, context: int = 12
+    tokenizer: PreTrainedTokenizerBase | None,
+    input_ids: Tensor,
+    thoughts: Tensor,
+    positions: Tensor | None = None,
+    samples: int = 3,
+    context: int = 12,
 ) -> list[dict[str, str]]:
     """Print a few thoughts of the first row between the text before and after them, and return them.
 
-    ``input_ids`` is ``[B, N]``, ``thoughts`` ``[B, N, r, K]``.
+    ``input_ids`` is ``[B, N]``, ``thoughts`` ``[B, n, r, K]`` at the text positions ``positions`` ``[B, n]``, or all N.
     """
     if tokenizer is None:
         return []
-    text, length = input_ids[0].tolist(), input_ids.shape[1]
+    text, count = input_ids[0].tolist(), thoughts.shape[1]
     shown = []
-    for sample in range(1, samples + 1):
-        i = sample * length // (samples + 1)
+    for place in dict.fromkeys(sample * count // (samples + 1) for sample in range(1, samples + 1)):
+        i = place if positions is None else int(positions[0, place])
         before, thought, after = (
             decoded(tokenizer, part)
-            for part in (text[max(0, i + 1 - context) : i + 1], thoughts[0, i, 0].tolist(), text[i + 1 : i + 5])
+            for part in (text[max(0, i + 1 - context) : i + 1], thoughts[0, place, 0].tolist(), text[i + 1 : i + 5])
         )
         shown.append({"before": before, "thought": thought, "after": after})
         tqdm.write(f"  {before!r} [{thought!r}] {after!r}")

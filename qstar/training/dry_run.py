@@ -170,7 +170,7 @@ def tried(prepared: Prepared, args: QuietStarArguments, folder: Path) -> DryRun:
     step = OneStep(StepMemory(args.device))
     trainer.add_callback(step)
     loss = trainer.train().training_loss
-    grid = model.grid(args.seq_length).slots * args.seq_length * args.train_batch_size
+    grid = model.grid(args.seq_length).row_tokens(args.positions_per_row) * args.train_batch_size
     at_once = min(grid, trainer.objective.max_grid_tokens or grid)
     parameters = list(model.parameters())
     model_bytes = saved_bytes(model)

@@ -46,7 +46,7 @@ def training_advice(args: QuietStarArguments, grid: ThoughtGrid, at_once: int | 
         at_once: tokens of a grid that are read at once; None for all.
     """
     rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    tokens = rows * grid.positions * grid.slots
+    tokens = rows * grid.row_tokens(args.positions_per_row)
     held = min(tokens, at_once or tokens)
     same, other = [], []
     if rows > 1:
@@ -62,6 +62,8 @@ def training_advice(args: QuietStarArguments, grid: ThoughtGrid, at_once: int | 
         other.append("bf16=True")
     if grid.rationales > 1:
         other.append(f"rationales={grid.rationales - 1} (now {grid.rationales})")
+    if args.positions_per_row is not None and args.positions_per_row > 1:
+        other.append(f"positions_per_row={args.positions_per_row // 2} (now {args.positions_per_row})")
     if grid.positions > 2:
         other.append(f"seq_length={max(grid.positions // 2, 2)} (now {grid.positions})")
     text = f"a training step does not fit in memory. These make the same updates: {'; '.join(same)}."

@@ -56,6 +56,11 @@ class CheckpointTrainer(Trainer):
                 f"max_grid_tokens is {args.max_grid_tokens}, but with DeepSpeed it must be 0: its passes in parts have "
                 "not been tried"
             )
+        if args.positions_per_row is not None and self.is_deepspeed_enabled:
+            raise ValueError(
+                f"positions_per_row is {args.positions_per_row}, but with DeepSpeed it must be None: its passes, a "
+                "text's and its thoughts', have not been tried"
+            )
 
     @property
     def thinking_model(self) -> QuietStarModel:

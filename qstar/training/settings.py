@@ -149,6 +149,11 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
         f"larger grid is read in parts, which takes less memory and more time. {GRID_TOKENS} if not given, but no "
         "limit with DeepSpeed; 0 for no limit.",
     )
+    positions_per_row: int | None = setting(
+        None,
+        "Think at so many random positions of each row, others in every step, instead of at all of them: in proportion "
+        "less to compute, and less to learn from.",
+    )
     on_nonfinite: str = setting(
         "stop",
         "What to do about an update whose loss or gradient is not finite: stop before it, or skip it.",
@@ -187,9 +192,10 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
                 setattr(self, name, value)
         if self.curriculum is not None:
             self._check_stages(self.curriculum)
-        limit = self.max_grid_tokens
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-            raise ValueError(f"max_grid_tokens is {limit!r}, but it must be an integer of at least 0, or None")
+        for name, least in (("max_grid_tokens", 0), ("positions_per_row", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} is {value!r}, but it must be an integer of at least {least}, or None")
         for each in fields(self):
             value = getattr(self, each.name)
             if value is None and each.default is None:
@@ -232,6 +238,11 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
         if self.cpu_products not in CPU_LIBRARIES:
             raise ValueError(f"cpu_products is {self.cpu_products!r}, but it must be one of {', '.join(CPU_LIBRARIES)}")
         self.check_data()
+        if self.positions_per_row is not None and self.positions_per_row > self.seq_length:
+            raise ValueError(
+                f"positions_per_row is {self.positions_per_row}, but it must be at most the {self.seq_length} of "
+                "seq_length; None is all of a row"
+            )
         self.check_lora()
         if self.thought_temperature < 0:
             raise ValueError(f"thought_temperature is {self.thought_temperature}, but it must be at least 0")
@@ -276,4 +287,5 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
             baseline=cast(str, self.baseline),
             signed=cast(bool, self.signed_advantages),
             max_grid_tokens=(GRID_TOKENS if self.max_grid_tokens is None else self.max_grid_tokens) or None,
+            positions_per_row=self.positions_per_row,
         )

@@ -39,7 +39,7 @@ from qstar.training.rates import RatesTrainer
 from qstar.training.settings import QuietStarArguments
 from qstar.training.sharding import in_step
 from qstar.training.thought_statistics import ThoughtStatistics
-from qstar.training.thought_table import score, thought_rows, write_table
+from qstar.training.thought_table import first_text, score, thought_rows, write_table
 from qstar_kernels import cpu_products
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 LOGGED = ("likelihood_loss", "policy_loss", "nll_base", "nll_talk", "reward", "rewarded", "mixing_weight")
 OF_SOME_OBJECTIVES = ("policy_entropy", "divergence")
-SHOWN_TOKENS = 256  # of a text whose thoughts are shown, at most
 IGNORED_HOOKS = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
 
 
@@ -152,12 +151,11 @@ class QuietStarTrainer(RatesTrainer):
             if (value := getattr(output, name)) is not None:
                 self._add_up(name, value.detach())
         holds_text = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        self._thoughts.append((output.thoughts, holds_text))
+        self._thoughts.append((output.thoughts, output.at_thoughts(holds_text)))
         if self._due(self.args.gradient_norm_steps) and self._can_differentiate_twice() and not self.distils:
             self._log_gradient_norms(model, output)
         if self._due(self.args.sample_steps):
-            sample = inputs | {"thoughts": output.thoughts}
-            self._sample = {name: values[:1, :SHOWN_TOKENS] for name, values in sample.items()}
+            self._sample = first_text(inputs, output)
         loss = self._as_part(output.loss)
         return (loss, output) if return_outputs else loss
 
@@ -223,9 +221,9 @@ class QuietStarTrainer(RatesTrainer):
         if len(batches) > 1 or self.args.world_size > 1:
             model = self.thinking_model
             counted = torch.zeros(model.qstar.ahead_tokens + 2, dtype=torch.int64, device=device)
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 text = read_batch(model, **{name: value.to(device) for name, value in batch.items()})
-                counted += text.counts(model.grid(text.tokens.shape[1])).stacked()
+                counted += text.counts(self._objective_of(number, text.tokens).grid(model, text)).stacked()
             self.counts = Counts.from_stacked(cast(Tensor, self.accelerator.reduce(counted)))
         return batches, items
 
@@ -246,15 +244,19 @@ class QuietStarTrainer(RatesTrainer):
         return whole and not (self.args.gradient_checkpointing and reentrant)
 
     def _objective_for(self, input_ids: Tensor) -> Objective | Distillation:
-        """The objective with a seed for this step, and row numbers that no other batch of the step has."""
+        """The objective of the next batch of this step."""
         step, batch = self._batch_of_step
         batch = batch + 1 if step == self.state.global_step else 0
         self._batch_of_step = (self.state.global_step, batch)
+        return self._objective_of(batch, input_ids)
+
+    def _objective_of(self, batch: int, input_ids: Tensor) -> Objective | Distillation:
+        """The objective with a seed for this step, and row numbers that no other batch of the step has."""
         positions = max(self.args.seq_length, input_ids.shape[1])
         rows = self.args.train_batch_size * positions * self.thinking_model.qstar.rationales
         objective: Objective | Distillation = self.objective
         if self.distils:
-            names = ("likelihood_weight", "temperature", "max_grid_tokens")
+            names = ("likelihood_weight", "temperature", "max_grid_tokens", "positions_per_row")
             objective = Distillation(**{name: getattr(self.objective, name) for name in names})
         return replace(
             objective,
@@ -282,10 +284,11 @@ class QuietStarTrainer(RatesTrainer):
         tokenizer, step = cast(PreTrainedTokenizerBase | None, self.processing_class), self.state.global_step
         if not self.is_world_process_zero():
             return
-        thoughts = show_thoughts(tokenizer, sample["input_ids"], sample["thoughts"])
+        thoughts = show_thoughts(tokenizer, sample["input_ids"], sample["thoughts"], sample.get("positions"))
         self._write({"step": step, "thoughts": thoughts})
         if tokenizer is not None:
-            rows = thought_rows(tokenizer, sample["input_ids"][0], sample["thoughts"][0], spoken, step)
+            row = {name: values[0] for name, values in sample.items()}
+            rows = thought_rows(tokenizer, row["input_ids"], row["thoughts"], spoken, step, row.get("positions"))
             if rows:  # `datasets` cannot read a table without
                 write_table(rows, self.args.folder, step)
 

@@ -30,7 +30,12 @@ def step(model, tokens, row_offset: int = 0):
 
 
 def trained(
-    folder: str, world_size: int, streamed: bool, at_once: int = 0, stages: list[dict] | None = None
+    folder: str,
+    world_size: int,
+    streamed: bool,
+    at_once: int = 0,
+    chosen: int | None = None,
+    stages: list[dict] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The weights after two updates of four rows that are learned from to very different extents, and an evaluation."""
     rows = unequal_rows()
@@ -39,7 +44,8 @@ def trained(
     quiet = dict(report_to="none", disable_tqdm=True, sample_steps=0, gradient_norm_steps=0, use_cpu=True)
     batch = dict(per_device_train_batch_size=4 // world_size, train_sampling_strategy="sequential", seq_length=12)
     model = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2)
-    args = QuietStarArguments(folder, **options, **quiet, **batch, max_grid_tokens=at_once, stages=stages)
+    ours = dict(max_grid_tokens=at_once, positions_per_row=chosen, stages=stages)
+    args = QuietStarArguments(folder, **options, **quiet, **batch, **ours)
     stream = IterableDataset.from_generator(lambda: iter(rows))
     trainer = QuietStarTrainer(model, args, train_dataset=stream if streamed else rows)
     trainer.train()
@@ -50,10 +56,10 @@ def trained(
 
 
 def train_elsewhere(
-    rank: int, port: int, results: str, streamed: bool, at_once: int, stages: list[dict] | None
+    rank: int, port: int, results: str, streamed: bool, at_once: int, chosen: int | None, stages: list[dict] | None
 ) -> None:
     meet(rank, port)
-    torch.save(trained(f"{results}/run", RANKS, streamed, at_once, stages), f"{results}/{rank}.pt")
+    torch.save(trained(f"{results}/run", RANKS, streamed, at_once, chosen, stages), f"{results}/{rank}.pt")
     assert distributed.get_world_size() == RANKS
     leave()
 
@@ -61,14 +67,22 @@ def train_elsewhere(
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("streamed", "at_once", "stages"),
-    [(False, 0, None), (True, 0, None), (False, 50, None), (False, 0, STAGES)],
-    ids=["rows", "stream", "parts", "stages"],
+    ("streamed", "at_once", "chosen", "stages"),
+    [
+        (False, 0, None, None),
+        (True, 0, None, None),
+        (False, 50, None, None),
+        (False, 0, 4, None),
+        (False, 50, 4, None),
+        (False, 0, None, STAGES),
+        (False, 0, 4, STAGES),
+    ],
+    ids=["rows", "stream", "parts", "some positions", "parts of some positions", "stages", "stages of some positions"],
 )
-def test_the_trainer_makes_the_same_updates_on_two_processes(streamed, at_once, stages, tmp_path):
+def test_the_trainer_makes_the_same_updates_on_two_processes(streamed, at_once, chosen, stages, tmp_path):
     """Though one of them learns from other numbers of tokens than the other, and from grids in more parts."""
-    on_every_rank(train_elsewhere, free_port(), str(tmp_path), streamed, at_once, stages)
-    whole = trained(str(tmp_path / "alone"), 1, streamed, stages=stages)
+    on_every_rank(train_elsewhere, free_port(), str(tmp_path), streamed, at_once, chosen, stages)
+    whole = trained(str(tmp_path / "alone"), 1, streamed, chosen=chosen, stages=stages)
     start = tiny.thinking_model("llama", thought_tokens=2, ahead_tokens=2).state_dict()
     for rank in range(RANKS):
         split = torch.load(tmp_path / f"{rank}.pt")

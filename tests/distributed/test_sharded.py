@@ -37,6 +37,7 @@ STAGES = dict(
     stages=[dict(steps=1), dict(steps=1, ahead_tokens=1, learning_rate=0.05), dict(steps=1, distil=True)],
     entropy_weight=0.1,
 )
+SOME_POSITIONS = dict(positions_per_row=5, seq_length=12)
 # Batches of one row, and checkpointing.
 IN_PARTS = dict(activation_checkpointing=True, per_device_train_batch_size=1, gradient_accumulation_steps=2)
 
@@ -113,6 +114,8 @@ def check_same_inspection(two: Inspection, one: Inspection) -> None:
         pytest.param(UNTIED_AND_TIED, STAGES, id="stages", marks=pytest.mark.slow),
         pytest.param(["llama"], GRID_IN_PARTS, id="grid-in-parts", marks=pytest.mark.slow),
         pytest.param(["gpt2"], GRID_IN_PARTS | IN_PARTS, id="grid-in-parts-checkpointed", marks=pytest.mark.slow),
+        pytest.param(["llama"], SOME_POSITIONS, id="some-positions", marks=pytest.mark.slow),
+        pytest.param(["gpt2"], GRID_IN_PARTS | SOME_POSITIONS, id="some-positions-in-parts", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_with_fsdp_make_the_updates_of_one(families, settings, tmp_path):

@@ -237,6 +237,27 @@ def test_parts_are_the_packed_op(window):
         assert relative_error(x, y) < 1e-2
 
 
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_part_at_given_positions_is_those_rows_of_the_packed_op(window):
+    """Other positions in each sequence, with the gradients of the text's keys."""
+    leaves = [x.requires_grad_() for x in states(LLAMA_LIKE)[:3]]
+    positions = torch.rand(2, 512, device="cuda").argsort(1)[:, :128].sort(1).values
+    rows = torch.arange(2, device="cuda")[:, None], slice(None), positions
+
+    def taken(x):
+        return x[rows].transpose(1, 2)[:, :, :, 1:]
+
+    expected = taken(thought_attention(*leaves, window=window))
+    weights = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, leaves, weights)
+    q, k, v = leaves
+    thoughts = [taken(x)[:, :, :, None] for x in (q, k, v)]
+    text = [x[:, :, :, 0] for x in (k, v)]
+    out = thought_attention_part(thoughts[0], *text, *thoughts[1:], window=window, positions=positions).flatten(3, 4)
+    for x, y in zip((out, *torch.autograd.grad(out, leaves, weights)), (expected, *expected_gradients), strict=True):
+        assert relative_error(x, y) < 1e-2
+
+
 def test_a_training_step_in_parts_is_that_of_one_piece():
     results = []
     for most in (None, 400):
@@ -262,13 +283,15 @@ def test_draws_are_those_of_a_cpu():
     torch.testing.assert_close(log_prob[same], expected_log_prob[same], rtol=0, atol=2e-5)
 
 
-def test_a_training_step_is_that_of_a_cpu():
+@pytest.mark.parametrize("chosen", [None, [[0, 3, 4, 20, 29], [1, 2, 11, 12, 30]]], ids=["all positions", "some"])
+def test_a_training_step_is_that_of_a_cpu(chosen):
     """With the same thoughts: loss, reward and every gradient, in float32."""
     results = []
     for device in ("cpu", "cuda"):
         model = tiny.thinking_model("llama", changes=dict(hidden_size=64, head_dim=16)).to(device)
-        tokens, thoughts = tiny.text(2, 33), tiny.random_thoughts(model, 2, 33)
-        output = Objective()(model, tokens.to(device), thoughts=thoughts.to(device))
+        tokens, thoughts = tiny.text(2, 33), tiny.random_thoughts(model, 2, 33 if chosen is None else 5)
+        given = dict(thoughts=thoughts) | ({} if chosen is None else dict(positions=torch.tensor(chosen)))
+        output = Objective()(model, tokens.to(device), **{name: x.to(device) for name, x in given.items()})
         output.loss.backward()
         assert output.rewarded > 0
         gradients = {name: x.grad.cpu() for name, x in model.named_parameters() if x.grad is not None}

@@ -28,7 +28,7 @@ def examples() -> dict[str, str]:
 def test_the_readme_and_the_page_of_ops_have_examples():
     pages = [name.split(",")[0] for name in examples()]
     assert "README.md" in pages
-    assert pages.count("docs/ops.md") == 10
+    assert pages.count("docs/ops.md") == 11
 
 
 @pytest.mark.parametrize("name", examples())

@@ -70,6 +70,23 @@ def test_what_saves_memory_changes_nothing(settings):
         assert relative(other_gradients[name], gradient) <= 1e-12, name
 
 
+def test_at_some_positions_the_divergence_is_that_of_the_loops_there():
+    model = tiny.thinking_model("gpt2", dtype=torch.float64, thought_tokens=2, ahead_tokens=2, rationales=2)
+    tokens = tiny.text(1, 9)
+    output = Distillation(seed=4, positions_per_row=3)(model, tokens)
+    [positions] = output.positions.tolist()
+    assert len(positions) == 3 and positions[-1] <= 6  # where two tokens follow
+    our_gradients = gradients(model, output.loss)
+    given = Distillation()(model, tokens, thoughts=output.thoughts, positions=output.positions)
+    assert torch.equal(given.loss, output.loss)
+    model.set_attn_implementation("eager")
+    plain = reference.distillation(model, tokens[0], output.thoughts[0], likelihood_weight=1.0, positions=positions)
+    for name, value in plain.items():
+        assert relative(getattr(output, name), value) <= 1e-12, name
+    for name, gradient in gradients(model, plain["loss"]).items():
+        assert relative(our_gradients[name], gradient) <= 1e-12, name
+
+
 def test_a_thought_that_changes_nothing_teaches_nothing():
     model = tiny.thinking_model("gpt2", dtype=torch.float64, mixing=False, thought_tokens=2)
     output = Distillation(likelihood_weight=0.0)(model, tiny.text(2, 7))

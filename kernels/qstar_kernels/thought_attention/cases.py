@@ -107,7 +107,10 @@ def build_on(kernel: str, architecture: str, dtype: torch.dtype, shape: Shape, r
         k_text, v_text = states(kv_heads, positions), states(kv_heads, positions)
         k_own, v_own = states(kv_heads, positions, 1, shape.tokens), states(kv_heads, positions, 1, shape.tokens)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=device)
-        last = torch.full((), shape.tokens - 1, device=device) if rules else shape.tokens - 1
+        last: int | Tensor = shape.tokens - 1
+        if rules:
+            last = torch.full((), shape.tokens - 1, device=device)
+            given = given._replace(positions=torch.arange(positions, device=device).repeat(shape.batch, 1))
         return launches.step_launch(q, k_text, v_text, k_own, v_own, last, given, out, lse, architecture)
     q, do, out = (states(heads, positions, slots) for _ in range(3))
     k, v = states(kv_heads, positions, slots), states(kv_heads, positions, slots)

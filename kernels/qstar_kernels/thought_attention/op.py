@@ -150,6 +150,7 @@ def thought_attention_step(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     text_start: Tensor | None = ...,
+    positions: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     backend: str = ...,
 ) -> Tensor: ...
@@ -169,6 +170,7 @@ def thought_attention_step(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     text_start: Tensor | None = ...,
+    positions: Tensor | None = ...,
     return_lse: Literal[True],
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -188,6 +190,7 @@ def thought_attention_step(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     text_start: Tensor | None = ...,
+    positions: Tensor | None = ...,
     return_lse: bool,
     backend: str = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -206,23 +209,26 @@ def thought_attention_step(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     text_start: Tensor | None = None,
+    positions: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the newest token of every rationale, against caches: one step of thinking.
 
-    The query (i, p) holds token ``step`` of rationale p at text position i, one of the last Nq. It sees the text keys
-    ``text_start[i] <= j <= i`` and tokens 0 to ``step`` of its own rationale, its own key included. Equal to that
-    token's row of :func:`thought_attention`.
+    The query (i, p) holds token ``step`` of rationale p at text position i, one of the last Nq or of ``positions``. It
+    sees the text keys ``text_start[i] <= j <= i`` and tokens 0 to ``step`` of its own rationale, its own key included.
+    Equal to that token's row of :func:`thought_attention`.
 
     Args:
-        q: queries [B, Hq, Nq, r, D], Nq <= N.
+        q: queries [B, Hq, Nq, r, D], Nq <= N without ``positions``.
         k_text, v_text: keys [B, Hkv, N, D] and values [B, Hkv, N, Dv] of the text.
         k_thought, v_thought: keys [B, Hkv, Nq, r, T, D] and values [B, Hkv, Nq, r, T, Dv] of the thoughts. Tokens
             beyond ``step`` are never read.
         step: 0 <= step < T, an int or an integer tensor without dimensions. The Triton kernel reads such a tensor on
             the device of q, so that the host need not wait for it; its value is then not checked.
         text_start: [B, N], as in :func:`thought_attention`; the other arguments are the same as well.
+        positions: [B, Nq] int64, 0 <= i < N: the text positions of the queries, the last Nq by default. Ascending ones
+            are the fastest. On a GPU their values are not checked.
 
     Returns:
         out [B, Hq, Nq, r, Dv] in q's dtype; with ``return_lse`` also lse [B, Hq, Nq, r].
@@ -234,8 +240,8 @@ def thought_attention_step(
     """
     inputs = (q, k_text, v_text, k_thought, v_thought)
     check_tensor("q", q, "[B, Hq, Nq, r, D]", (None,) * 5)
-    check_caches(*inputs, tokens=None)
-    rules = check_rules(q, k_text.shape[2], scale, window, softcap, sinks, text_start)
+    check_caches(*inputs, tokens=None, positions=positions)
+    rules = check_rules(q, k_text.shape[2], scale, window, softcap, sinks, text_start) | {"positions": positions}
     chosen = choose("thought_attention_step", backend, q=q, v_text=v_text)
     at = check_step(step, k_thought.shape[4], q.device if chosen == "triton" else None)
     if chosen == "reference":
@@ -259,19 +265,21 @@ def thought_attention_part(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     text_start: Tensor | None = None,
+    positions: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of the thoughts at the last positions, all their tokens, to a text that was read before.
+    """Attention of the thoughts at some positions, all their tokens, to a text that was read before.
 
     The query (i, p, t) sees the text keys ``text_start[i] <= j <= i`` and tokens 0 to t of its own rationale. Equal to
     those rows of :func:`thought_attention`, and so are its gradients, which the text's keys and values get as well: a
     grid can be read in parts, none of which holds all of it.
 
     Args:
-        q: queries [B, Hq, Nq, r, T, D], Nq <= N.
+        q: queries [B, Hq, Nq, r, T, D], Nq <= N without ``positions``.
         k_text, v_text: keys [B, Hkv, N, D] and values [B, Hkv, N, Dv] of the text up to the last of the positions.
         k_thought, v_thought: keys [B, Hkv, Nq, r, T, D] and values [B, Hkv, Nq, r, T, Dv] of the thoughts.
         text_start: [B, N], as in :func:`thought_attention`; the other arguments are the same as well.
+        positions: [B, Nq], as in :func:`thought_attention_step`.
 
     Returns:
         out [B, Hq, Nq, r, T, Dv] in q's dtype.
@@ -283,8 +291,8 @@ def thought_attention_part(
     """
     inputs = (q, k_text, v_text, k_thought, v_thought)
     check_tensor("q", q, "[B, Hq, Nq, r, T, D]", (None,) * 6)
-    check_caches(*inputs, tokens=q.shape[4])
-    rules = check_rules(q, k_text.shape[2], scale, window, softcap, sinks, text_start)
+    check_caches(*inputs, tokens=q.shape[4], positions=positions)
+    rules = check_rules(q, k_text.shape[2], scale, window, softcap, sinks, text_start) | {"positions": positions}
     chosen = choose("thought_attention_part", backend, q=q, v_text=v_text)
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
@@ -294,21 +302,40 @@ def thought_attention_part(
 
 
 def check_caches(
-    q: Tensor, k_text: Tensor, v_text: Tensor, k_thought: Tensor, v_thought: Tensor, tokens: int | None
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_thought: Tensor,
+    v_thought: Tensor,
+    tokens: int | None,
+    positions: Tensor | None,
 ) -> None:
     """Check keys and values of text and thoughts beside q [B, Hq, Nq, r, ..., D]; ``tokens`` is T where q has it."""
     batch, queries, rationales, width = q.shape[0], *q.shape[2:4], q.shape[-1]
     check_tensor("k_text", k_text, "[B, Hkv, N, D]", (batch, None, None, width))
-    kv_heads, positions = k_text.shape[1:3]
-    check_tensor("v_text", v_text, "[B, Hkv, N, Dv]", (batch, kv_heads, positions, None))
+    kv_heads, length = k_text.shape[1:3]
+    check_tensor("v_text", v_text, "[B, Hkv, N, Dv]", (batch, kv_heads, length, None))
     own = (batch, kv_heads, queries, rationales)
     check_tensor("k_thought", k_thought, "[B, Hkv, Nq, r, T, D]", (*own, tokens, width))
     check_tensor("v_thought", v_thought, "[B, Hkv, Nq, r, T, Dv]", (*own, k_thought.shape[4], v_text.shape[-1]))
     for name, value in (("k_text", k_text), ("v_text", v_text), ("k_thought", k_thought), ("v_thought", v_thought)):
         check_alike(name, value, "q", q)
     check_heads(q, "k_text", k_text, v_text)
-    if queries > positions:
-        raise ValueError(f"q has {queries} positions, but it must have at most the {positions} of k_text")
+    if positions is not None:
+        check_positions(positions, q, length)
+    elif queries > length:
+        raise ValueError(f"q has {queries} positions, but it must have at most the {length} of k_text")
+
+
+def check_positions(positions: Tensor, q: Tensor, length: int) -> None:
+    """Check where the queries q [B, Hq, Nq, ...] stand in a text; a GPU is not asked for the values."""
+    check_tensor("positions", positions, "[B, Nq]", (q.shape[0], q.shape[2]), (torch.int64,))
+    check_alike("positions", positions, "q", q, dtype=False)
+    if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
+        least, largest = (int(x) for x in positions.aminmax())
+        if least < 0 or largest >= length:
+            wrong = least if least < 0 else largest
+            raise ValueError(f"positions has {wrong}, but all must be in 0..{length - 1}, those of k_text")
 
 
 def check_heads(q: Tensor, name: str, k: Tensor, v: Tensor) -> None:

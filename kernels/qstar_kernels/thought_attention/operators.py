@@ -131,13 +131,14 @@ def attend_step(
     step_index: Tensor | None,
     sinks: Tensor | None,
     text_start: Tensor | None,
+    positions: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``step_index`` [] stands for ``step`` where only the device knows it: one of them is None."""
-    rules = Rules(scale, window, softcap, sinks, text_start)
+    rules = Rules(scale, window, softcap, sinks, text_start, positions)
     inputs = (unit_stride(x) for x in (q, k_text, v_text, k_thought, v_thought))
     out, lse = empty_results(q, v_text.shape[-1])
     with without_autocast(q):
@@ -159,12 +160,13 @@ def attend_step_backward(
     step_index: Tensor | None,
     sinks: Tensor | None,
     text_start: Tensor | None,
+    positions: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """By the torch backend, whichever the forward's was; the gradients of tokens beyond ``step`` are 0."""
-    rules = Rules(scale, window, softcap, sinks, text_start)
+    rules = Rules(scale, window, softcap, sinks, text_start, positions)
     inputs = (q, k_text, v_text, k_thought, v_thought)
     grads = tuple(torch.zeros_like(x) for x in inputs)
     with without_autocast(q):
@@ -185,12 +187,13 @@ def attend_part(
     v_thought: Tensor,
     sinks: Tensor | None,
     text_start: Tensor | None,
+    positions: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    rules = Rules(scale, window, softcap, sinks, text_start)
+    rules = Rules(scale, window, softcap, sinks, text_start, positions)
     inputs = (unit_stride(x) for x in (q, k_text, v_text, k_thought, v_thought))
     out, lse = empty_results(q, v_text.shape[-1])
     with without_autocast(q):
@@ -209,12 +212,13 @@ def attend_part_backward(
     v_thought: Tensor,
     sinks: Tensor | None,
     text_start: Tensor | None,
+    positions: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """By the torch backend, whichever the forward's was."""
-    rules = Rules(scale, window, softcap, sinks, text_start)
+    rules = Rules(scale, window, softcap, sinks, text_start, positions)
     inputs = (q, k_text, v_text, k_thought, v_thought)
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     with without_autocast(q):
@@ -253,19 +257,19 @@ class StepAttention(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = ops.thought_attention_step(*inputs)
         ctx.library = current_cpu_products()
-        *tensors, ctx.step, step_index, sinks, text_start, ctx.scale, ctx.window, ctx.softcap, _ = inputs
-        ctx.save_for_backward(out, lse, *tensors, step_index, sinks, text_start)
+        *tensors, ctx.step, step_index, sinks, text_start, positions, ctx.scale, ctx.window, ctx.softcap, _ = inputs
+        ctx.save_for_backward(out, lse, *tensors, step_index, sinks, text_start, positions)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, _):
-        out, lse, *inputs, step_index, sinks, text_start = ctx.saved_tensors
-        rules = (ctx.step, step_index, sinks, text_start, ctx.scale, ctx.window, ctx.softcap)
+        out, lse, *inputs, step_index, sinks, text_start, positions = ctx.saved_tensors
+        rules = (ctx.step, step_index, sinks, text_start, positions, ctx.scale, ctx.window, ctx.softcap)
         with cpu_products(ctx.library):
             grads = ops.thought_attention_step_backward(do, out, lse, *inputs, *rules)
-        return *grads, None, None, sinks_gradient(do, out, lse, sinks), *(None,) * 5
+        return *grads, None, None, sinks_gradient(do, out, lse, sinks), *(None,) * 6
 
 
 class PartAttention(torch.autograd.Function):
@@ -282,11 +286,11 @@ class PartAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, _):
-        out, lse, *inputs, sinks, text_start = ctx.saved_tensors
-        rules = (sinks, text_start, ctx.scale, ctx.window, ctx.softcap)
+        out, lse, *inputs, sinks, text_start, positions = ctx.saved_tensors
+        rules = (sinks, text_start, positions, ctx.scale, ctx.window, ctx.softcap)
         with cpu_products(ctx.library):
             grads = ops.thought_attention_part_backward(do, out, lse, *inputs, *rules)
-        return *grads, sinks_gradient(do, out, lse, sinks), *(None,) * 5
+        return *grads, sinks_gradient(do, out, lse, sinks), *(None,) * 6
 
 
 def differentiate(op: Callable, function: type[torch.autograd.Function], *inputs):

@@ -117,6 +117,8 @@ def test_the_step_runs_as_it_is_compiled(compared, case, step):
     q, k, v = (x.detach().to(DEVICE) for x in inputs[:3])
     thoughts = [x[:, :, :, 1:].unflatten(3, (case.rationales, case.tokens)) for x in (k, v)]
     rules = {name: x for name, x in inputs.rules.items() if name != "rationales"} | {"sinks": inputs.sinks}
+    if case is EVERY_RULE:
+        rules["positions"] = torch.arange(case.positions).repeat(case.batch, 1)
     rules = {name: x.detach().to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in rules.items()}
     step = step.to(DEVICE) if isinstance(step, torch.Tensor) else min(step, case.tokens - 1)
     q = q[:, :, :, 1 :: case.tokens]

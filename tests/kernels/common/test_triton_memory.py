@@ -23,6 +23,7 @@ from qstar_kernels.testing import AttentionCase, attention_inputs
 pytest.importorskip("triton")
 interpreter = import_module("triton.runtime.interpreter")
 launch = import_module("qstar_kernels.common.launch")
+op = import_module("qstar_kernels.thought_attention.op")
 primitives = import_module("qstar_kernels.common.primitives")
 
 pytestmark = pytest.mark.skipif(not primitives.INTERPRETED, reason="the interpreter shows addresses, a GPU does not")
@@ -137,7 +138,9 @@ def test_attention_stays_in_its_tensors(watched, case):
 
 @pytest.mark.parametrize("name", ["plain", "every rule", "a narrow window"])
 @pytest.mark.parametrize(("queries", "step"), [(9, 2), (4, 0)])
-def test_the_step_stays_in_its_tensors(watched, name, queries, step):
+@pytest.mark.parametrize("positions", [None, [[0, 3, 4, 8], [-(2**62), 1, 2**62, 2**32 + 5]]], ids=["last", "given"])
+def test_the_step_stays_in_its_tensors(watched, monkeypatch, name, queries, step, positions):
+    """Where positions are given, wrong ones too: on a GPU nobody checks them."""
     case = GRIDS[name]
     inputs = attention_inputs(case, torch.float32)
     q, k, v = (x.detach() for x in inputs[:3])
@@ -147,6 +150,9 @@ def test_the_step_stays_in_its_tensors(watched, name, queries, step):
     rules = {name: value for name, value in inputs.rules.items() if name != "rationales"} | {"sinks": inputs.sinks}
     text = [apart(x[:, :, :, 0]) for x in (k, v)]
     q = apart(q[:, :, first:, 1 :: case.tokens])
+    if positions is not None:
+        monkeypatch.setattr(op, "check_positions", lambda *_: None)
+        rules["positions"] = torch.tensor(positions).repeat(1, 3)[:, :queries]
     with torch.no_grad():
         out = thought_attention_step(q, *text, *thoughts, step, **rules, backend="triton")
     assert out.isfinite().all() and watched == ["step_kernel"]

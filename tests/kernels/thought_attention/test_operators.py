@@ -54,10 +54,18 @@ def step_rules(case: AttentionCase) -> dict:
     return {**rules, "sinks": inputs.sinks}
 
 
-def step_arguments(case: AttentionCase, step: int | None, step_index: Tensor | None) -> tuple:
+def some_positions(case: AttentionCase, queries: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, case.positions, (case.batch, queries), generator=generator)
+
+
+def step_arguments(
+    case: AttentionCase, step: int | None, step_index: Tensor | None, positions: Tensor | None = None
+) -> tuple:
     rules = step_rules(case)
     leaves = step_leaves(case, min(4, case.positions))
-    return (*leaves, step, step_index, rules["sinks"], rules["text_start"], 0.4, case.window, case.softcap, "torch")
+    given = step, step_index, rules["sinks"], rules["text_start"], positions
+    return (*leaves, *given, 0.4, case.window, case.softcap, "torch")
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -70,12 +78,15 @@ def test_opcheck_of_the_packed_op(case):
     opcheck(ops.thought_attention_backward.default, (do, out, lse, *arguments))
 
 
+@pytest.mark.parametrize("at", ["the last positions", "some positions"])
 @pytest.mark.parametrize(
     ("name", "step", "step_index"),
     [("plain", 1, None), ("every rule", 0, None), ("two rationales", None, torch.tensor(1)), ("no position", 1, None)],
 )
-def test_opcheck_of_the_step(name, step, step_index):
-    arguments = step_arguments(CASES[name], step, step_index)
+def test_opcheck_of_the_step(name, step, step_index, at):
+    case = CASES[name]
+    given = at == "some positions" and case.positions
+    arguments = step_arguments(case, step, step_index, some_positions(case, min(4, case.positions)) if given else None)
     opcheck(ops.thought_attention_step.default, arguments)
     arguments = detached(arguments)
     out, lse = ops.thought_attention_step(*arguments)
@@ -91,13 +102,16 @@ def part_leaves(case: AttentionCase, queries: int) -> list[Tensor]:
     return [x.detach().clone().requires_grad_() for x in leaves]
 
 
+@pytest.mark.parametrize("at", ["the last positions", "some positions"])
 @pytest.mark.parametrize("name", ["plain", "every rule", "two rationales", "no position"])
-def test_opcheck_of_a_part(name):
+def test_opcheck_of_a_part(name, at):
     case = CASES[name]
+    given = at == "some positions" and case.positions
+    positions = some_positions(case, min(4, case.positions)) if given else None
     q, *others = part_leaves(case, min(4, case.positions))
     rules = step_rules(case)
-    arguments = (q.detach().flatten(3, 4).requires_grad_(), *others, rules["sinks"], rules["text_start"], 0.4)
-    arguments += (case.window, case.softcap, "torch")
+    arguments = (q.detach().flatten(3, 4).requires_grad_(), *others, rules["sinks"], rules["text_start"], positions)
+    arguments += (0.4, case.window, case.softcap, "torch")
     opcheck(ops.thought_attention_part.default, arguments)
     arguments = detached(arguments)
     out, lse = ops.thought_attention_part(*arguments)
@@ -207,6 +221,17 @@ def test_flops_of_a_part_are_those_that_count():
     leaves = part_leaves(case, 2)
     pairs = 2 * 2 * (3 * (2 + 3) + 2 * (1 + 2 + 3))  # heads, rationales, (tokens and the text, positions and own keys)
     assert count_flops(thought_attention_part, leaves) == (pairs * 14, pairs * 36) == (1512, 3888)
+
+
+def test_flops_at_some_positions_are_those_of_positions_spread_evenly():
+    case = AttentionCase(1, 2, 1, positions=3, rationales=2, tokens=3, width=4, value_width=3)
+    first_and_last = dict(positions=torch.tensor([[0, 2]]))
+    pairs = 2 * 2 * (3 * (1 + 3) + 2 * (1 + 2 + 3))  # heads, rationales, (tokens and the text, positions and own keys)
+    part = count_flops(lambda *x: thought_attention_part(*x, **first_and_last), part_leaves(case, 2))
+    assert part == (pairs * 14, pairs * 36)
+    pairs = 2 * 2 * ((1 + 3) + 2 * 2)
+    step = count_flops(lambda *x: thought_attention_step(*x, 1, **first_and_last), step_leaves(case, 2))
+    assert step == (pairs * 14, pairs * 36)
 
 
 def test_the_import_is_light():

@@ -254,6 +254,23 @@ def test_step_equals_reference(case, step, queries, dtype):
     assert torch.equal(again, out)
 
 
+@pytest.mark.parametrize("order", ["ascending", "any"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("case", "step", "queries"), STEPS.values(), ids=STEPS)
+def test_step_at_given_positions_equals_reference(case, step, queries, dtype, order):
+    """Several tiles of rows and of keys; positions that are given twice as well."""
+    case = case._replace(batch=2)
+    tensors, rules = step_inputs(case, step, queries, dtype)
+    drawn = torch.randint(0, case.positions, (2, queries), generator=torch.Generator().manual_seed(4))
+    rules["positions"] = (drawn.sort(1).values if order == "ascending" else drawn).to(DEVICE)
+    out, lse = thought_attention_step(*tensors, step, **rules, return_lse=True, backend="triton")
+    wide = [x.double().nan_to_num() for x in tensors]
+    expected, expected_lse = thought_attention_step(*wide, step, **rules, return_lse=True, backend="reference")
+    assert_close(out, expected)
+    if dtype == torch.float32:
+        assert_close(lse, expected_lse)
+
+
 def test_unsupported_tensors_are_refused():
     inputs = on_device(attention_inputs(SMALL))
     with pytest.raises(ValueError, match=r"backend is 'triton'.*float64"):

@@ -65,12 +65,18 @@ def attend_step(
     step = int(step)
     k_own, v_own = own_tokens(step, k_thought, v_thought)
     length = k_text.shape[2]
-    if q.shape[2] == length and flash.expressible(q, v_text, flash_rules := needed(rules, length, step + 1)):
+    everywhere = rules.positions is None and q.shape[2] == length
+    if everywhere and flash.expressible(q, v_text, flash_rules := needed(rules, length, step + 1)):
         flash.attend_step(q, k_text, v_text, k_own, v_own, flash_rules, out, lse)
-    elif direct.serves(q, k_text, rules, step + 1):
+        return
+    if direct.serves(q, k_text, rules, step + 1):
         direct.attend_step(q, k_text, v_text, k_own, v_own, rules, out, lse)
+        return
+    rules = needed(rules, length, step + 1)
+    if rules.positions is not None and flash.expressible_in_part(q, v_text, rules):
+        flash.attend_step(q, k_text, v_text, k_own, v_own, rules, out, lse)
     else:
-        blocked.attend(q, k_text, v_text, k_own, v_own, needed(rules, length, step + 1), step, out, lse)
+        blocked.attend(q, k_text, v_text, k_own, v_own, rules, step, out, lse)
 
 
 def attend_step_backward(

@@ -48,7 +48,7 @@ def most_scores(device: torch.device) -> int:
 
 
 class BlockedScores:
-    """Scores of S slots at each of the last M text positions; the last r*t slots are tokens of r rationales.
+    """Scores of S slots at M text positions, those of ``rules``; the last r*t slots are tokens of r rationales.
 
     q [B, Hq, M, S, D], k_text [B, Hkv, N, D], k_own [B, Hkv, M, r, T, D] or None.
     first_token is the token that a rationale's first slot holds.
@@ -73,10 +73,13 @@ class BlockedScores:
         if self.first_key is not None:
             self.earliest = self.first_key.amin(dim=(0, 2)).tolist()
             self.latest = self.first_key.amax(dim=(0, 2)).tolist()
+        if rules.positions is not None:
+            self.nearest, self.furthest = (x.tolist() for x in torch.aminmax(rules.positions, dim=0))
         self.blocks = list(self._blocks())
-        largest = max(block.size for block in self.blocks)
-        position = torch.arange(largest, device=self.device)
-        self.future = position > position.repeat_interleave(self.width)[:, None]
+        if rules.positions is None:
+            largest = max(block.size for block in self.blocks)
+            position = torch.arange(largest, device=self.device)
+            self.future = position > position.repeat_interleave(self.width)[:, None]
 
     def _own_hidden(self, first_token: int) -> Tensor | None:
         """[t*G, T]: which keys of its own rationale a token does not see, None where it sees them all."""
@@ -94,9 +97,12 @@ class BlockedScores:
             return None
         first = torch.zeros(1, 1, 1, dtype=torch.int64, device=self.device)
         if start is not None:
-            first = torch.maximum(first, start[:, self.offset :, None])
+            first = torch.maximum(first, self.rules.starts(self.length, self.positions)[..., None])
         if window is not None:
-            position = torch.arange(self.offset, self.length, device=self.device)[:, None]
+            if self.rules.positions is None:
+                position = torch.arange(self.offset, self.length, device=self.device)[:, None]
+            else:
+                position = self.rules.positions[..., None]
             token = torch.arange(first_token + 1, self.keys + 1, device=self.device).repeat(self.rationales)
             slot = torch.cat([token.new_zeros(self.slots - len(token)), token])
             first = torch.maximum(first, position + slot - (window - 1))
@@ -116,13 +122,25 @@ class BlockedScores:
                 in_pairs = slice(b * self.kv_heads + h, (in_batch.stop - 1) * self.kv_heads + in_heads.stop)
                 start = 0
                 while start < self.positions:
-                    before = self.offset + start
-                    size = max(1, int(((before**2 + 4 * area) ** 0.5 - before) / 2))
-                    stop = min(start + size, self.positions)
-                    end = self.offset + stop
+                    stop, end = self._end(start, area)
                     first = 0 if self.first_key is None else min(*self.earliest[start:stop], end - 1)
                     yield Block(in_batch, in_heads, slice(start, stop), slice(first, end), in_pairs)
                     start = stop
+
+    def _end(self, start: int, area: float) -> tuple[int, int]:
+        """Where a block from ``start`` on ends, with ``area`` pairs of a position and a key, and where its keys end."""
+        if self.rules.positions is None:
+            before = self.offset + start
+            size = max(1, int(((before**2 + 4 * area) ** 0.5 - before) / 2))
+            stop = min(start + size, self.positions)
+            return stop, self.offset + stop
+        stop, end = start + 1, self.furthest[start] + 1
+        while stop < self.positions:
+            further = max(end, self.furthest[stop] + 1)
+            if (stop + 1 - start) * further > area:
+                break
+            stop, end = stop + 1, further
+        return stop, end
 
     def workspace(self) -> Tensor:
         """Room for the text scores of any block."""
@@ -157,19 +175,29 @@ class BlockedScores:
         """[pairs, rows, keys], -inf where hidden; ``slope`` receives the soft-cap's derivative."""
         scores = torch.bmm(rows, self.k_text[block.pairs, block.keys].mT, out=self.in_workspace(work, block))
         self._cap(scores, slope)
-
-        new = min(block.size, scores.shape[-1])
-        future = self.future[: block.size * self.width, block.size - new : block.size]
-        scores[..., scores.shape[-1] - new :].masked_fill_(future, -torch.inf)
+        self._hide_future(scores, block)
         if self.first_key is not None:
             self._hide_past(scores, block)
         return scores
+
+    def _hide_future(self, scores: Tensor, block: Block) -> None:
+        if self.rules.positions is None:
+            new = min(block.size, scores.shape[-1])
+            future = self.future[: block.size * self.width, block.size - new : block.size]
+            scores[..., scores.shape[-1] - new :].masked_fill_(future, -torch.inf)
+            return
+        here = self.rules.positions[block.batch, block.positions]
+        begin = max(block.keys.start, min(self.nearest[block.positions]) + 1)
+        key = torch.arange(begin, block.keys.stop, device=self.device)
+        future = key > here.repeat_interleave(self.width, dim=1)[:, None, :, None]
+        by_head = scores.unflatten(0, (-1, block.heads.stop - block.heads.start))
+        by_head[..., begin - block.keys.start :].masked_fill_(future, -torch.inf)
 
     def _hide_past(self, scores: Tensor, block: Block) -> None:
         past = min(max(self.latest[block.positions]), block.keys.stop) - block.keys.start
         if past <= 0:
             return
-        batch = block.batch if self.rules.text_start is not None else slice(None)
+        batch = block.batch if len(self.first_key) > 1 else slice(None)
         first = self.first_key[batch, block.positions].repeat_interleave(self.group, dim=2).flatten(1)[:, None, :, None]
         key = torch.arange(block.keys.start, block.keys.start + past, device=self.device)
         by_head = scores.unflatten(0, (-1, block.heads.stop - block.heads.start))

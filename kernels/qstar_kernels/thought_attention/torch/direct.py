@@ -20,8 +20,15 @@ def first_key(rules: Rules, position: int, tokens: int) -> int:
 
 
 def seen_from(rules: Rules, length: int, queries: int, tokens: int) -> int:
-    """The first of ``length`` text keys that the window leaves to any of the last ``queries`` positions."""
-    return min(first_key(rules, length - queries, tokens), length)
+    """The first of ``length`` text keys that the window may leave to any of the ``queries`` positions.
+
+    Of given ones only a CPU is asked for the least.
+    """
+    if rules.positions is None:
+        least = length - queries
+    else:
+        least = int(rules.positions.min()) if rules.positions.device.type == "cpu" else 0
+    return min(first_key(rules, least, tokens), length)
 
 
 def serves(q: Tensor, k_text: Tensor, rules: Rules, tokens: int) -> bool:
@@ -77,14 +84,18 @@ def hide_text(scores: Tensor, first: int, tokens: int, rules: Rules) -> None:
     """
     queries, length = scores.shape[2], first + scores.shape[4]
     windowed = first_key(rules, length - 1, tokens) > first
-    if windowed or rules.text_start is not None:
-        position = torch.arange(length - queries, length, device=scores.device)[:, None]
+    starts = rules.starts(length, queries)
+    if windowed or starts is not None or rules.positions is not None:
+        if rules.positions is None:
+            position = torch.arange(length - queries, length, device=scores.device)[:, None]
+        else:
+            position = rules.positions[:, None, :, None]
         key = torch.arange(first, length, device=scores.device)
         hidden = key > position
         if windowed:
             hidden |= key < position + (tokens + 1 - rules.window)
-        if rules.text_start is not None:
-            hidden = hidden | (key < rules.text_start[:, None, length - queries :, None])
+        if starts is not None:
+            hidden = hidden | (key < starts[:, None, :, None])
         scores.masked_fill_(hidden.unsqueeze(-2), -torch.inf)
     elif queries > 1:
         future = torch.ones(queries, queries, dtype=torch.bool, device=scores.device).triu_(1)

@@ -40,7 +40,7 @@ def expressible(q: Tensor, v: Tensor, rules: Rules) -> bool:
 
 
 def expressible_in_part(q: Tensor, v: Tensor, rules: Rules) -> bool:
-    """The same of queries at the last positions of a text; torch's kernels for GPUs number them as the first ones."""
+    """The same of queries at some positions of a text; torch's kernels for GPUs number them as the first ones."""
     return q.device.type == "cpu" and expressible(q, v, rules)
 
 
@@ -98,11 +98,23 @@ def block_rows(x: Tensor, start: int, stop: int) -> Tensor:
     return x[:, :, start:stop].flatten(2, 4)
 
 
-def text_blocks(q: Tensor, kv_heads: int, before: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, mask [rows, before + stop]) of blocks of positions, ``before`` of which come before the first."""
+def text_blocks(q: Tensor, k: Tensor, at: Tensor | None) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, mask [1 or B, 1, rows, keys]) of blocks of positions, the last ones or ``at`` [B, Nq].
+
+    The keys of a block are the first ones of k [B, Hkv, N, D], as many as any of its positions sees.
+    """
     _, heads, positions, slots, _ = q.shape
-    width = slots * heads // kv_heads
+    width = slots * heads // k.shape[1]
     size = min(max(positions // 8, -(-LARGE_TILES // width)), -(-2 * LARGE_TILES // width), positions)
+    if at is not None:
+        ends = (at.amax(dim=0) + 1).tolist()
+        for start in range(0, positions, size):
+            here, seen = at[:, start : start + size], max(ends[start : start + size])
+            future = torch.arange(seen, device=q.device) > here.repeat_interleave(width, dim=1)[:, None, :, None]
+            mask = torch.zeros(future.shape, dtype=q.dtype, device=q.device).masked_fill_(future, -torch.inf)
+            yield start, start + here.shape[1], mask
+        return
+    before = k.shape[2] - positions
     last = before + (positions - 1) // size * size
     key = torch.arange(-last, size, device=q.device)
     future = key > torch.arange(size, device=q.device).repeat_interleave(width)[:, None]
@@ -119,39 +131,42 @@ def attend_text_by_slot(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tens
         x.copy_(part.unflatten(1, (q.shape[1], q.shape[3])).transpose(2, 3))
 
 
-def attend_text(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
-    """Fill out and lse with those of the text keys k, v [B, Hkv, N, D]."""
-    if q.device.type != "cpu":
-        attend_text_by_slot(q, k, v, scale, out, lse)
-        return
-    if onednn.serves(q, k, v):
-        onednn.attend(q, k, v, scale, out, lse)
+def attend_text_by_block(q: Tensor, k: Tensor, v: Tensor, rules: Rules, out: Tensor, lse: Tensor) -> None:
+    """The same on a CPU, some positions after the other: the last ones, or those of ``rules``."""
+    if rules.positions is None and onednn.serves(q, k, v):
+        onednn.attend(q, k, v, rules.scale, out, lse)
         return
     rows, out, lse = (grouped(x, k.shape[1]) for x in (q, out, lse))
-    before = k.shape[2] - q.shape[2]
-    for start, stop, mask in text_blocks(q, k.shape[1], before):
-        seen = before + stop
-        part, part_lse = flash(block_rows(rows, start, stop), k[:, :, :seen], v[:, :, :seen], scale, mask)
+    for start, stop, mask in text_blocks(q, k, rules.positions):
+        seen = mask.shape[-1]
+        part, part_lse = flash(block_rows(rows, start, stop), k[:, :, :seen], v[:, :, :seen], rules.scale, mask)
         shape = (stop - start, *out.shape[3:5])
         out[:, :, start:stop], lse[:, :, start:stop] = part.unflatten(2, shape), part_lse.unflatten(2, shape)
 
 
-def attend_text_backward(do, out, lse, q, k, v, scale: float, dq: Tensor) -> tuple[Tensor, Tensor]:
+def attend_text(q: Tensor, k: Tensor, v: Tensor, rules: Rules, out: Tensor, lse: Tensor) -> None:
+    """Fill out and lse with those of the text keys k, v [B, Hkv, N, D]."""
+    if q.device.type != "cpu":
+        attend_text_by_slot(q, k, v, rules.scale, out, lse)
+    else:
+        attend_text_by_block(q, k, v, rules, out, lse)
+
+
+def attend_text_backward(do, out, lse, q, k, v, rules: Rules, dq: Tensor) -> tuple[Tensor, Tensor]:
     """Fill dq with the text keys' part of it; returns dk and dv of the text keys."""
     if q.device.type != "cpu":
-        dq_text, dk, dv = flash_backward(*(by_slot(x) for x in (do, out, lse, q)), k, v, scale)
+        dq_text, dk, dv = flash_backward(*(by_slot(x) for x in (do, out, lse, q)), k, v, rules.scale)
         dq.copy_(dq_text.unflatten(1, (q.shape[1], q.shape[3])).transpose(2, 3))
         return dk, dv
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    if onednn.serves(q, k, v):
-        onednn.attend_backward(do, out, lse, q, k, v, scale, dq, dk, dv)
+    if rules.positions is None and onednn.serves(q, k, v):
+        onednn.attend_backward(do, out, lse, q, k, v, rules.scale, dq, dk, dv)
         return dk, dv
     do, out, lse, rows, dq = (grouped(x, k.shape[1]) for x in (do, out, lse, q, dq))
-    before = k.shape[2] - q.shape[2]
-    for start, stop, mask in text_blocks(q, k.shape[1], before):
-        seen = before + stop
+    for start, stop, mask in text_blocks(q, k, rules.positions):
+        seen = mask.shape[-1]
         parts = (block_rows(x, start, stop) for x in (do, out, lse, rows))
-        dq_part, dk_part, dv_part = flash_backward(*parts, k[:, :, :seen], v[:, :, :seen], scale, mask)
+        dq_part, dk_part, dv_part = flash_backward(*parts, k[:, :, :seen], v[:, :, :seen], rules.scale, mask)
         dq[:, :, start:stop] = dq_part.unflatten(2, (stop - start, *dq.shape[3:5]))
         dk[:, :, :seen] += dk_part
         dv[:, :, :seen] += dv_part
@@ -189,7 +204,7 @@ def attend_slots(
 ) -> None:
     """Fill out and lse with those of the text keys [B, Hkv, N, D] and of every rationale's slots of k and v."""
     rounded, out = out, accumulator(out, lse)
-    attend_text(q, k_text, v_text, rules.scale, out, lse)
+    attend_text(q, k_text, v_text, rules, out, lse)
     for here in own_slots:
         mine, mine_lse = flash(own(q, here), own(k, here), own(v, here), rules.scale)
         mine, mine_lse = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in (mine, mine_lse))
@@ -201,9 +216,15 @@ def attend_slots(
 
 
 def attend_step(q, k_text, v_text, k_own, v_own, rules: Rules, out: Tensor, lse: Tensor) -> None:
-    """Fill out [B, Hq, N, r, D] and lse [B, Hq, N, r]; a query's own key is the last of k_own [B, Hkv, N, r, t, D]."""
+    """Fill out [B, Hq, Nq, r, D] and lse [B, Hq, Nq, r]; a query's own key is the last of k_own [B, Hkv, Nq, r, t, D].
+
+    The queries stand at all positions, or at given ones.
+    """
     rounded, out = out, accumulator(out, lse)
-    attend_text_by_slot(q, k_text, v_text, rules.scale, out, lse)
+    if rules.positions is None:
+        attend_text_by_slot(q, k_text, v_text, rules.scale, out, lse)
+    else:
+        attend_text_by_block(q, k_text, v_text, rules, out, lse)
     kv_heads = k_text.shape[1]
     scores = (grouped(q, kv_heads).to(lse.dtype) * rules.scale) @ k_own.to(lse.dtype).mT
     mine_lse = scores.logsumexp(dim=-1)
@@ -254,7 +275,7 @@ def attend_slots_backward(do, out, lse, q, k_text, v_text, k, v, own_slots: list
     """Fill ``grads``, which are shaped like q, k_text, v_text, k and v; of the last two the slots of rationales."""
     dq, dk_text, dv_text, dk, dv = grads
     rounded, dq = dq, accumulator(dq, lse)
-    of_text = attend_text_backward(do, out, lse, q, k_text, v_text, rules.scale, dq)
+    of_text = attend_text_backward(do, out, lse, q, k_text, v_text, rules, dq)
     dk_text.copy_(of_text[0])
     dv_text.copy_(of_text[1])
     for here in own_slots:

@@ -152,6 +152,7 @@ def step_launch(
         "lse": lse,
         "sinks": contiguous(rules.sinks),
         "text_start": contiguous(rules.text_start),
+        "at": contiguous(rules.positions),
         "q_stride": q.stride()[:4],
         "k_text_stride": k_text.stride()[:3],
         "v_text_stride": v_text.stride()[:3],

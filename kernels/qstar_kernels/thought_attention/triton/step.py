@@ -64,16 +64,16 @@ def attend_own(
 
 @triton.jit(do_not_specialize=["step", "positions", "queries"])  # what changes from call to call
 def step_kernel(
-    q, k_text, v_text, k_thought, v_thought, step, out, lse, sinks, text_start, q_stride, k_text_stride, v_text_stride,
-    k_thought_stride, v_thought_stride, out_stride, pairs, kv_heads, positions, queries, rationales, scale, window,
-    softcap,
+    q, k_text, v_text, k_thought, v_thought, step, out, lse, sinks, text_start, at, q_stride, k_text_stride,
+    v_text_stride, k_thought_stride, v_thought_stride, out_stride, pairs, kv_heads, positions, queries, rationales,
+    scale, window, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, STEP_IN_MEMORY: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """q [B, Hq, Nq, r, D], text [B, Hkv, N, D], thoughts [B, Hkv, Nq, r, T, D] -> out [B, Hq, Nq, r, DV], lse.
 
     Rows are (position, rationale, head of the group), the group padded to a power of two; a group of more heads than
-    a program has rows is shared out.
+    a program has rows is shared out. The positions are the last ones, or those that ``at`` [B, Nq] holds.
     """
     MEMBERS: tl.constexpr = members(GROUP, ROWS)
     SHARES: tl.constexpr = (GROUP + MEMBERS - 1) // MEMBERS
@@ -117,15 +117,21 @@ def step_kernel(
         begin, step + 1, scale, softcap, UNITS=UNITS, GROUP=MEMBERS, D=D, DV=DV,
     )  # fmt: skip
 
-    position = positions - queries + row_query
+    if at is None:
+        position = positions - queries + row_query
+        first_position = positions - queries + tile * UNITS // rationales
+        last_position = positions - queries + (tl.minimum(tile * UNITS + UNITS, count) - 1) // rationales
+    else:
+        position = tl.load(at + batch * queries + row_query)
+        position = tl.minimum(tl.maximum(position, 0), positions - 1).to(tl.int32)  # nobody has checked them
+        first_position = tl.min(position, 0)
+        last_position = tl.max(position, 0)
     first = tl.zeros_like(position)
     if window is not None:
         first = tl.maximum(first, position + 2 + step - window)
     if text_start is not None:
         start = tl.load(text_start + batch * positions + position)
         first = tl.maximum(first, tl.minimum(tl.maximum(start, 0), position + 1).to(tl.int32))
-    first_position = positions - queries + tile * UNITS // rationales
-    last_position = positions - queries + (tl.minimum(tile * UNITS + UNITS, count) - 1) // rationales
     k_text += batch * k_text_stride[0] + kv_head * k_text_stride[1]
     v_text += batch * v_text_stride[0] + kv_head * v_text_stride[1]
     acc, total, top = attend_text(
