@@ -35,7 +35,7 @@ class Variant:
 
 VARIANTS = {  # what takes longest first, so that processes side by side end together
     "paper": Variant(),
-    "rlp": Variant(training=dict(baseline="leave_one_out", signed_advantages=True, reinforce_temperature=1.0)),
+    "rlp": Variant(training=dict(preset="rlp")),
     EQUAL_OPERATIONS: Variant(thinks=False),
     "pause": Variant(thoughts=dict(pauses=True, rationales=1)),
     PLAIN: Variant(thinks=False),
