@@ -1,0 +1,53 @@
+"""The sum of digits modulo ten: the problems of ``qstar train`` (:mod:`qstar.embedded.task`), and as many more steps.
+
+Q 3 5 8 = T 3 8 6 = 6
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from qstar.embedded.pretrain import PretrainSettings
+from qstar.embedded.task import DIGITS, EQUALS, MODULUS, NUMBERS, QUESTION, WORKING, running_sums
+from tasks.task import Problem, Task
+
+WORDS = (QUESTION, EQUALS, WORKING, *NUMBERS)
+FEWEST, MOST = 3, 8  # digits of the second rung
+PRETRAINING = PretrainSettings(check_steps=25, goal=0.5)
+
+
+def sums_of(lengths: range) -> Callable[[random.Random], Problem]:
+    """Draws the sum of so many digits, each number of them as often."""
+
+    def draw(rng: random.Random) -> Problem:
+        digits = tuple(rng.randrange(MODULUS) for _ in range(rng.choice(lengths)))
+        named = tuple(map(str, digits))
+        working = tuple(map(str, running_sums(digits)))
+        return Problem(" ".join([QUESTION, *named, EQUALS]), named, working, len(digits))
+
+    return draw
+
+
+DIGITS_TASK = Task(
+    name="digits",
+    draw=sums_of(range(DIGITS, DIGITS + 1)),
+    words=WORDS,
+    choices=NUMBERS,
+    marker=WORKING,
+    close=EQUALS,
+    thought_tokens=DIGITS,
+    pretraining=PRETRAINING,
+    training=dict(seq_length=48),
+)
+STEPS_TASK = Task(
+    name="steps",
+    draw=sums_of(range(FEWEST, MOST + 1)),
+    words=WORDS,
+    choices=NUMBERS,
+    marker=WORKING,
+    close=EQUALS,
+    thought_tokens=MOST,
+    pretraining=PRETRAINING,
+    training=dict(seq_length=48),
+)
