@@ -37,7 +37,7 @@ def variants(rung: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {
         "base": dict(kind=BASE),
         "plain": dict(kind=PLAIN),
-        "plain-operations": dict(kind=OPERATIONS),
+        "plain-equal-operations": dict(kind=OPERATIONS),
         "pause": dict(kind=PAUSE),
         "no-reward": dict(kind=THINK, training=dict(policy_weight=0.0)),
     }

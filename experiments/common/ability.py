@@ -24,14 +24,14 @@ def note_ability(
     model.eval()
     vocabulary = tokenizer.get_vocab()
     choices = torch.tensor([vocabulary[word] for word in task.choices])
-    groups: dict[tuple[int, int], list[tuple[list[int], int]]] = defaultdict(list)
+    alike: dict[tuple[int, int], list[Problem]] = defaultdict(list)
     for problem in asked:
-        prompt = len(problem.prompt.split())
-        ids = [vocabulary[word] for word in task.with_note(problem, problem.working).split()]
-        groups[prompt, len(problem.working)].append((ids, vocabulary[problem.answer]))
+        alike[len(problem.prompt.split()), len(problem.working)].append(problem)
     found = torch.zeros(3)
-    for (prompt, length), rows in groups.items():
-        ids, answers = torch.tensor([row for row, _ in rows]), torch.tensor([answer for _, answer in rows])
+    for (prompt, length), problems in alike.items():
+        texts = [task.with_note(each, each.working).split() for each in problems]
+        ids = torch.tensor([[vocabulary[word] for word in text] for text in texts])
+        answers = torch.tensor([vocabulary[each.answer] for each in problems])
         log_p = model(ids).logits.log_softmax(-1)
         working = log_p[:, prompt : prompt + length].gather(-1, ids[:, prompt + 1 : prompt + 1 + length, None])
         after, alone = log_p[:, -1].argmax(-1), choices[log_p[:, prompt - 1, choices].argmax(-1)]

@@ -18,14 +18,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from common.ability import note_ability
 from common.answers import NO_THOUGHTS, OWN_THOUGHTS, Answers, Exam
-from common.operations import Decoder, plain_step, thinking_step
+from common.operations import equal_steps
 from common.results import TimeLimit, result_of
 from qstar.cpu import keep_freed_memory, one_thread
 from qstar.data import pack
 from qstar.embedded.pretrain import pretrained_model
 from qstar.embedded.run import CACHE, PlainTrainer
 from qstar.evaluation.scoring import OWN
-from qstar.grid import ThoughtGrid
 from qstar.model import QuietStarModel
 from qstar.training.settings import UNSEEN, QuietStarArguments
 from qstar.training.trainer import QuietStarTrainer
@@ -33,7 +32,7 @@ from qstar.wrapping import wrap
 from tasks.every import TASKS
 from tasks.task import Task
 
-BASE, THINK, PAUSE, PLAIN, OPERATIONS = "base", "think", "pause", "plain", "plain at equal operations"
+BASE, THINK, PAUSE, PLAIN, OPERATIONS = "base", "think", "pause", "plain", "plain-equal-operations"
 KINDS = (BASE, THINK, PAUSE, PLAIN, OPERATIONS)
 TRAINING: dict[str, Any] = UNSEEN | dict(
     learning_rate=3e-4,
@@ -131,16 +130,9 @@ class Job:
         """Train ``model`` on problems with their answers; no working is shown."""
         task, settings = TASKS[self.task], self.all_training
         rows, length = settings["per_device_train_batch_size"], settings["seq_length"]
-        decoder = Decoder.of(model.config)
-        each = plain_step(decoder, rows, length)
-        if self.kind in (THINK, OPERATIONS):
-            sizes = self.all_thoughts
-            grid = ThoughtGrid(length, sizes["rationales"], sizes["thought_tokens"], sizes["ahead_tokens"])
-            thinking = thinking_step(decoder, rows, grid)
-            if self.kind == OPERATIONS:
-                settings = settings | dict(max_steps=round(settings["max_steps"] * thinking / each))
-            else:
-                each = thinking
+        if self.kind == OPERATIONS:
+            sizes = dict(rows=rows, plain_rows=rows, length=length)
+            settings = settings | dict(max_steps=equal_steps(model, steps=settings["max_steps"], **sizes))
         with tempfile.TemporaryDirectory() as folder:
             args = QuietStarArguments(output_dir=folder, seed=self.seed, **settings)
             set_seed(args.seed)
@@ -156,8 +148,7 @@ class Job:
             for record in trainer.state.log_history
             if "loss" in record
         ]
-        operations = None if self.kind == PAUSE else each * args.max_steps
-        return dict(steps=args.max_steps, training_seconds=seconds, operations=operations, log=log)
+        return dict(steps=args.max_steps, training_seconds=seconds, log=log)
 
 
 def pretrained(task: Task, seed: int, cache: Path = CACHE) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:

@@ -1,82 +1,83 @@
-"""Multiply-adds of a training step, so that plain training can be given as many.
+"""Multiply-adds of a training step, so that a control can be given as much computation as what it controls.
 
-Counted are the matrix products of a Llama, those of attention, and those of the mixing head. A backward pass costs two
-forward passes. Norms, rotary embeddings, softmax, sampling and the optimizer are left out; documents that share a row
-are counted as if they saw each other, a few per cent at these lengths, for both kinds of step.
-
-With S tokens a row, r thoughts of K tokens at each of P positions of it and m tokens ahead, a row of a plain step reads S
-tokens, three times. A row of a Quiet-STaR step reads S tokens and r P K sampled ones once to think; then S tokens and
-r P (K + m + 1) of the thoughts three times to talk and learn. The policy's head is counted for every sampled token,
-though thoughts without a reward never meet it: what is counted too much here, plain training gets.
+Counted is what a step must multiply: every weight matrix once for each token that it reads, queries with keys and
+probabilities with values, and the vocabulary head where something is predicted. A backward costs twice its forward.
+Left out are sums, norms and activations, which are as much for all; and what is computed twice to save memory, since it
+buys nothing. A row counts as one document: where it holds several, attention has less to do in every variant.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from transformers import LlamaConfig
-
-from qstar.grid import ThoughtGrid
-
-PASSES = 3  # forward and backward, in forward passes
+from qstar.model import QuietStarModel, embedding_rows
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """Multiply-adds of a decoder.
+class Sizes(NamedTuple):
+    """What the costs of a decoder depend on.
 
     Attributes:
-        token: of a token in all layers, attention left out.
-        pair: of a query and a key that it looks at, in all layers.
-        head: of a token whose next one is predicted.
-        mix: of a thought that is weighed.
+        matrices: numbers in the weight matrices that each token is multiplied with, head and embeddings aside.
+        mixing: the same of the mixing head.
+        attention: multiply-adds of a query with a key and of a probability with a value, in all layers together.
+        head: of a state with the whole vocabulary.
     """
 
-    token: int
-    pair: int
+    matrices: int
+    mixing: int
+    attention: int
     head: int
-    mix: int
 
     @classmethod
-    def of(cls, config: LlamaConfig) -> Decoder:
-        """Those of a Llama."""
-        width, layers = config.hidden_size, config.num_hidden_layers
-        size = getattr(config, "head_dim", None) or width // config.num_attention_heads
-        queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-        layer = 2 * width * queries + 2 * width * keys + 3 * width * config.intermediate_size
-        return cls(layers * layer, layers * 2 * queries, config.vocab_size * width, 3 * width * width + width)
+    def of(cls, model: QuietStarModel) -> Sizes:
+        """Those of a model."""
+        config, rows = model.config.get_text_config(decoder=True), embedding_rows(model)
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        decoder, mixing = model.base_model.parameters(), model.qstar_mixing_head.parameters()
+        return cls(
+            matrices=sum(each.numel() for each in decoder if each.dim() == 2) - rows.numel(),
+            mixing=sum(each.numel() for each in mixing if each.dim() == 2),
+            attention=2 * config.num_hidden_layers * width,
+            head=rows.numel(),
+        )
 
 
-def plain_step(decoder: Decoder, rows: int, length: int) -> int:
-    """Multiply-adds of a step that learns the likelihood of ``rows`` of ``length`` tokens."""
-    return PASSES * rows * _read(decoder, length, heads=length)
+def plain_row(sizes: Sizes, length: int) -> int:
+    """Multiply-adds of learning a row of ``length`` tokens without thoughts."""
+    pairs = length * (length + 1) // 2
+    return 3 * (length * (sizes.matrices + sizes.head) + pairs * sizes.attention)
 
 
-def thinking_step(decoder: Decoder, rows: int, grid: ThoughtGrid, positions: int | None = None) -> int:
-    """Multiply-adds of a step of Quiet-STaR.
+def thinking_row(model: QuietStarModel, length: int, *, scored: float = 0.5) -> int:
+    """Multiply-adds of learning a row of ``length`` tokens with thoughts at all of them: thinking, and one packed pass.
 
     Args:
-        decoder: the model.
-        rows: in the step.
-        grid: how long a row is, and how many thoughts of how many tokens stand at a position.
-        positions: of a row with thoughts; all by default.
+        model: whose numbers of rationales and tokens are counted with; pauses need no thinking.
+        length: N, of the text.
+        scored: share of the thoughts whose tokens are scored for the policy: those whose advantage is not 0. With
+            advantages that are clamped at 0 about one half, else all.
     """
-    length, sampled, ahead = grid.positions, grid.thought_tokens, grid.ahead_tokens
-    thoughts = grid.rationales * (length if positions is None else positions)
-    thinking = _read(decoder, length, heads=0) + thoughts * _further(decoder, length, sampled, heads=sampled)
-    talking = _read(decoder, length, heads=length)
-    talking += thoughts * (
-        _further(decoder, length, grid.rationale_length, heads=sampled + ahead) + ahead * decoder.mix
-    )
-    return rows * (thinking + PASSES * talking)
+    sizes, settings, grid = Sizes.of(model), model.qstar, model.grid(length)
+    pairs = length * (length + 1) // 2
+    own = length * settings.rationales * grid.rationale_length * (grid.rationale_length + 1) // 2
+    sampled = length * settings.rationales * settings.thought_tokens
+    talked = length * settings.rationales * settings.ahead_tokens
+    packed = length * grid.slots * sizes.matrices + (grid.slots * pairs + own) * sizes.attention
+    policy = 0 if settings.pauses else round(scored * sampled)
+    learned = 3 * (packed + talked * sizes.mixing + (length + talked + policy) * sizes.head)
+    if settings.pauses:
+        return learned
+    steps = settings.rationales * settings.thought_tokens
+    among = length * settings.rationales * settings.thought_tokens * (settings.thought_tokens + 1) // 2
+    thinking = (length + sampled) * sizes.matrices + ((1 + steps) * pairs + among) * sizes.attention
+    return learned + thinking + sampled * sizes.head
 
 
-def _read(decoder: Decoder, length: int, heads: int) -> int:
-    """A text, read once; so many of its tokens meet the head."""
-    return length * decoder.token + length * (length + 1) // 2 * decoder.pair + heads * decoder.head
+def equal_steps(model: QuietStarModel, *, steps: int, rows: int, plain_rows: int, length: int) -> int:
+    """Steps of plain training on ``plain_rows`` rows that cost at least as much as ``steps`` on ``rows`` with thoughts.
 
-
-def _further(decoder: Decoder, length: int, tokens: int, heads: int) -> int:
-    """A thought behind a text of mean length, read once."""
-    pairs = tokens * (length + 1) // 2 + tokens * (tokens + 1) // 2
-    return tokens * decoder.token + pairs * decoder.pair + heads * decoder.head
+    The row of ``length`` tokens is that of both.
+    """
+    spent = steps * rows * thinking_row(model, length)
+    return -(-spent // (plain_rows * plain_row(Sizes.of(model), length)))

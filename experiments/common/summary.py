@@ -13,12 +13,19 @@ from typing import Any
 
 from common.answers import NO_THOUGHTS, OWN_THOUGHTS, SAMPLED
 from common.jobs import THINK
+from common.markdown import markdown_table, with_interval
 from common.seeds import over_seeds
 from qstar.evaluation.intervals import Interval, paired, wilson
 from qstar.evaluation.tables import finite_or_none
 from qstar.whole_file import write_whole
 
-TRAINED_ALONE = ("base", "plain", "plain-operations", "pause", "no-reward")  # controls that are models of their own
+TRAINED_ALONE = (
+    "base",
+    "plain",
+    "plain-equal-operations",
+    "pause",
+    "no-reward",
+)  # controls that are models of their own
 MARKDOWN, NUMBERS = "ladder.md", "ladder.json"
 
 
@@ -132,9 +139,9 @@ def every_row(rows: Sequence[Row]) -> str:
             ]
         )
     return (
-        "Accuracy in per cent and log-likelihood of the right answer in nats, means over seeds with 95 % intervals over "
-        "seeds; of each seed the accuracy with its 95 % interval over problems. Workings: thoughts that were the "
-        f"working, per cent.\n\n{markdown(header, lines)}"
+        "Accuracy in per cent and log-likelihood of the right answer in nats, means over seeds with 95 % intervals "
+        "over seeds; of each seed the accuracy with its 95 % interval over problems. Workings: thoughts that were the "
+        f"working, per cent.\n\n{markdown_table(header, lines)}"
     )
 
 
@@ -152,9 +159,9 @@ def beside_controls(rows: Sequence[Row]) -> Iterator[str]:
                 lines.append(_beside(own, other))
         header = ["beside", "reading", "accuracy", "seeds above", "log-likelihood", "seeds above"]
         yield (
-            f"What the thoughts of {own.variant} gain, means over seeds with 95 % intervals over seeds; seeds above are "
-            "those in which the 95 % interval of the difference, over problems and paired, is above 0.\n\n"
-            f"{markdown(header, lines)}"
+            f"What the thoughts of {own.variant} gain, means over seeds with 95 % intervals over seeds; seeds above "
+            "are those in which the 95 % interval of the difference, over problems and paired, is above 0.\n\n"
+            f"{markdown_table(header, lines)}"
         )
 
 
@@ -176,13 +183,8 @@ def longer_thoughts(rows: Sequence[Row]) -> str:
     return (
         "Accuracy in per cent by the length of thoughts K, a model trained for each, and by the steps that a problem "
         "takes; means over seeds, all problems with 95 % intervals over seeds.\n\n"
-        f"{markdown(['K', 'all', *map(str, needed)], lines)}"
+        f"{markdown_table(['K', 'all', *map(str, needed)], lines)}"
     )
-
-
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
 
 
 def _beside(own: Row, other: Row) -> list[str]:
@@ -204,9 +206,7 @@ def _seed_cell(row: Row, seed: int) -> str:
 
 
 def _with_interval(values: Sequence[float], digits: int, sign: str = "") -> str:
-    low, high = over_seeds(values)
-    mean = f"{fmean(values):{sign}.{digits}f}"
-    return mean if math.isnan(low) else f"{mean} [{low:.{digits}f}, {high:.{digits}f}]"
+    return with_interval(fmean(values), over_seeds(values), sign=sign, digits=digits)
 
 
 def _numbers(row: Row) -> dict[str, Any]:
