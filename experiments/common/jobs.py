@@ -97,12 +97,12 @@ class Job:
         return TRAINING | TASKS[self.task].training | self.training
 
     @one_thread()
-    def result(self, cache: Path = CACHE) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Do it: the rows of answers, and what the training took."""
         disable_progress_bars()
         keep_freed_memory()
         task = TASKS[self.task]
-        decoder, tokenizer = pretrained(task, self.seed, cache)
+        decoder, tokenizer = pretrained(task, self.seed)
         exam = Exam(task, tokenizer, task.problems(self.problems, self.seed, self.split), self.seed)
         model = self._wrapped(decoder, tokenizer)
         found: dict[str, Any] = dict(problem_steps=[each.steps for each in exam.problems])
@@ -151,12 +151,12 @@ class Job:
         return dict(steps=args.max_steps, training_seconds=seconds, log=log)
 
 
-def pretrained(task: Task, seed: int, cache: Path = CACHE) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def pretrained(task: Task, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The decoder of a task, and its tokenizer: from the cache, or pre-trained now."""
     tokenizer = task.tokenizer()
     asked = task.problems(task.pretraining.tried, seed, "validation")
     measure = partial(note_ability, task=task, tokenizer=tokenizer, asked=asked)
-    return pretrained_model(cache, seed, task.pretraining, task.documents, tokenizer, measure)
+    return pretrained_model(CACHE, seed, task.pretraining, task.documents, tokenizer, measure)
 
 
 def run_jobs(jobs: Iterable[Job], folder: Path, limit: TimeLimit, processes: int = 1) -> int:
