@@ -89,8 +89,9 @@ class Job:
 
     @property
     def all_thoughts(self) -> dict[str, Any]:
-        sizes = dict(thought_tokens=TASKS[self.task].thought_tokens, ahead_tokens=1, rationales=2)
-        return sizes | self.thoughts
+        task = TASKS[self.task]
+        sizes = dict(thought_tokens=task.thought_tokens, ahead_tokens=1, rationales=2)
+        return sizes | dict(start_init=task.marker, end_init=task.close) | self.thoughts
 
     @property
     def all_training(self) -> dict[str, Any]:
@@ -116,9 +117,8 @@ class Job:
 
     def _wrapped(self, decoder: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> QuietStarModel:
         """The decoder, able to think."""
-        task = TASKS[self.task]
         pauses = dict(pauses=True, rationales=1) if self.kind == PAUSE else {}
-        return wrap(decoder, tokenizer, start_init=task.marker, end_init=task.close, **(self.all_thoughts | pauses))
+        return wrap(decoder, tokenizer, **(self.all_thoughts | pauses))
 
     def _rows(self, exam: Exam, model: QuietStarModel, untrained: QuietStarModel) -> dict[str, Answers]:
         if self.kind == THINK:

@@ -38,7 +38,7 @@ DIGITS_TASK = Task(
     close=EQUALS,
     thought_tokens=DIGITS,
     pretraining=PRETRAINING,
-    training=dict(seq_length=48),
+    training=dict(seq_length=48, max_steps=100),
 )
 STEPS_TASK = Task(
     name="steps",
@@ -49,5 +49,5 @@ STEPS_TASK = Task(
     close=EQUALS,
     thought_tokens=MOST,
     pretraining=PRETRAINING,
-    training=dict(seq_length=48),
+    training=dict(seq_length=48, max_steps=100),
 )

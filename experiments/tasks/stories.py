@@ -92,5 +92,5 @@ STORIES_TASK = Task(
     close="so",
     thought_tokens=2 * MOST_SPELLS + 1,
     pretraining=PretrainSettings(check_steps=25, goal=0.5, max_steps=2400),
-    training=dict(seq_length=80),
+    training=dict(seq_length=80, max_steps=100),
 )

@@ -36,7 +36,8 @@ from tasks.every import TASKS
 TINY = PretrainSettings(
     width=16, layers=1, heads=2, key_value_heads=1, intermediate=16, batch_size=8, max_steps=2, tried=8, goal=0.0
 )
-FLAGS = ["digits", "--seeds", "1", "--problems", "12", "--set", "max_steps=1", "per_device_train_batch_size=2", "--variants"]
+FLAGS = ["digits", "--seeds", "1", "--problems", "12"]
+FLAGS += ["--set", "max_steps=1", "per_device_train_batch_size=2", "--variants"]
 VARIANTS = ("base", "plain", "plain-equal-operations", "pause", "paper")
 
 
