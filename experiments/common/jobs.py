@@ -182,16 +182,16 @@ def run_jobs(jobs: Iterable[Job], folder: Path, limit: TimeLimit, processes: int
         return sum(pool.map(work, by_seed))
 
 
-def path_of(job: Job, folder: Path) -> Path:
+def result_path(folder: Path, seed: int, name: str) -> Path:
     """Where the result of a job lies."""
-    return folder / f"seed-{job.seed}" / f"{job.name.replace(' ', '-')}.json"
+    return folder / f"seed-{seed}" / f"{name}.json"
 
 
 def _do(jobs: list[Job], folder: Path, limit: TimeLimit) -> int:
     for number, job in enumerate(jobs):
         if limit.over:
             return len(jobs) - number
-        found = result_of(path_of(job, folder), job.settings, job.result)
+        found = result_of(result_path(folder, job.seed, job.name), job.settings, job.result)
         rows = found["result"]["rows"]
         told = ", ".join(f"{name} {row['right'].count('1') / len(row['right']):.1%}" for name, row in rows.items())
         print(f"{job.task}, seed {job.seed}, {job.name} ({found['seconds']:.0f} s): {told}", flush=True)
