@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -154,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         name=name, rule=rule, seed=seed, updates=given.updates, rows=ROWS, rate=LEARNING_RATE
                     )
                     path = given.output_dir / f"seed-{seed}" / f"{number}.json"
-                    made = result_of(path, settings, lambda rule=rule, seed=seed: entropies(rule, seed, given.updates))
+                    made = result_of(path, settings, partial(entropies, rule, seed, given.updates))
                     found.setdefault(name, []).append(made["result"]["entropy"])
                     print(
                         f"{name}, seed {seed}: {found[name][-1][0]:.3f} -> {found[name][-1][-1]:.3f} nats", flush=True
