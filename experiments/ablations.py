@@ -10,7 +10,6 @@ Each value of each seed is a file in ``OUTPUT_DIR/RUNG/seed-S/``; a run that was
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 from common.answers import OWN_THOUGHTS
 from common.flags import job_flags, run
+from common.folders import read_json
 from common.jobs import THINK, Job, result_path
 from common.markdown import markdown_table, with_interval
 from common.seeds import over_seeds
@@ -86,7 +86,7 @@ def table(rung: str, folder: Path, seeds: Sequence[int]) -> str:
     rows = []
     for change in changes(rung):
         paths = [result_path(folder, seed, change.name) for seed in seeds]
-        found = [json.loads(path.read_text()) for path in paths if path.is_file()]
+        found = [read_json(path) for path in paths if path.is_file()]
         if not found:
             continue
         own = [each["result"]["rows"][OWN_THOUGHTS] for each in found]

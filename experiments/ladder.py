@@ -26,7 +26,7 @@ SEEDS = (0, 1, 2, 3, 4)
 CUT = (1, 2, 4, 6)  # tokens of a thought, where more steps need longer ones
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(policy_weight=30.0),
-    "rlp": dict(policy_weight=10.0, baseline="leave_one_out", signed_advantages=True, reinforce_temperature=1.0),
+    "rlp": dict(policy_weight=30.0, baseline="leave_one_out", signed_advantages=True, reinforce_temperature=1.0),
 }
 
 

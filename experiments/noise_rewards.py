@@ -12,7 +12,6 @@ thought is drawn from. A rule that sharpens it here sharpens it whatever the rew
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.folders import made_with, write_json
 from common.jobs import pretrained
 from common.markdown import markdown_table, with_interval
 from common.results import result_of
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     text = table(found)
     write_whole(given.output_dir / "noise.md", text + "\n")
-    write_whole(given.output_dir / "noise.json", json.dumps(found) + "\n")
+    write_json(given.output_dir / "noise.json", made_with() | dict(entropies=found))
     if can_draw():
         draw(found, given.updates, given.output_dir / "noise.png")
     print(text)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.folders import made_with, read_json, write_json
 from qstar.evaluation.tables import finite_or_none
-from qstar.whole_file import write_whole
 
 
 class TimeLimit:
@@ -37,14 +37,14 @@ class TimeLimit:
 
 
 def read_result(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What ``path`` holds: ``settings``, ``seconds`` that it took, and ``result``; None where there is no such file.
+    """What ``path`` holds: ``settings``, ``result``, ``seconds`` that it took, what it was made with; None without it.
 
     Raises:
         ValueError: it is the result of other settings.
     """
     if not path.is_file():
         return None
-    found = json.loads(path.read_text())
+    found = read_json(path)
     asked = _as_json(settings)
     for name in sorted(found["settings"].keys() | asked.keys()):
         there, here = found["settings"].get(name), asked.get(name)
@@ -65,10 +65,10 @@ def result_of(path: Path, settings: dict[str, Any], work: Callable[[], dict[str,
     if found is None:
         began = time.monotonic()
         result = work()
-        found = {"settings": settings, "seconds": round(time.monotonic() - began, 1), "result": result}
+        found = {"settings": settings, "seconds": round(time.monotonic() - began, 1), **made_with(), "result": result}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(finite_or_none(found), allow_nan=False) + "\n")
-        found = json.loads(path.read_text())
+        write_json(path, found)
+        found = read_json(path)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,11 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from common.answers import NO_THOUGHTS, OWN_THOUGHTS, SAMPLED
+from common.folders import made_with, read_json, write_json
 from common.jobs import THINK
 from common.markdown import markdown_table, with_interval
 from common.seeds import over_seeds
 from qstar.evaluation.intervals import Interval, paired, wilson
-from qstar.evaluation.tables import finite_or_none
 from qstar.whole_file import write_whole
 
 TRAINED_ALONE = (
@@ -76,7 +75,7 @@ def read_rows(folder: Path) -> list[Row]:
     steps: dict[int, list[int]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("seed-*/*.json")):
-        found = json.loads(path.read_text())
+        found = read_json(path)
         name, seed = found["settings"]["name"], found["settings"]["seed"]
         settings[name], steps[seed] = found["settings"], found["result"]["problem_steps"]
         for reads, row in found["result"]["rows"].items():
@@ -110,7 +109,7 @@ def write_tables(folder: Path) -> str:
     text = "\n\n".join(f"## {name}\n\n{rung_tables(rows)}" for name, rows in rungs.items()) + "\n"
     write_whole(folder / MARKDOWN, text)
     numbers = {name: [_numbers(row) for row in rows] for name, rows in rungs.items()}
-    write_whole(folder / NUMBERS, json.dumps(finite_or_none(numbers), indent=1, allow_nan=False) + "\n")
+    write_json(folder / NUMBERS, made_with() | dict(rungs=numbers))
     return text
 
 

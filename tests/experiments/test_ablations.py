@@ -111,7 +111,7 @@ def test_the_table_of_noise_holds_entropies_before_and_after(tmp_path, monkeypat
     monkeypatch.setattr(noise_rewards, "RULES", rules)
     flags = ["--updates", "2", "--seeds", "0", "1", "--output-dir", str(tmp_path)]
     assert noise_rewards.main(flags) == 0
-    found = json.loads((tmp_path / "noise.json").read_text())
+    found = json.loads((tmp_path / "noise.json").read_text())["entropies"]
     assert list(found) == list(rules)
     [paper, other] = found.values()
     assert [len(curve) for curve in paper] == [2, 2]

@@ -156,7 +156,7 @@ def test_the_summary_is_of_what_is_there(folder):
     cell = f"{100 * right.count('1') / 12:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     [line] = [each for each in text.splitlines() if each.startswith("| paper | its thoughts |")]
     assert line.endswith(f"| {cell} |")
-    numbers = json.loads((folder / "ladder.json").read_text())["digits"]
+    numbers = json.loads((folder / "ladder.json").read_text())["rungs"]["digits"]
     found = {(each["variant"], each["reads"]): each["seeds"]["1"] for each in numbers}
     assert len(found) == 3 + 2 + 8
     logs = row["no thoughts"]["log_prob"]

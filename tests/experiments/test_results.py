@@ -23,6 +23,7 @@ def test_a_result_is_made_once_and_read_again(tmp_path):
     assert read_result(path, settings) is None
     first = result_of(path, settings, work)
     assert result_of(path, settings, work) == first == json.loads(path.read_text())
+    assert first.keys() == {"settings", "seconds", "versions", "device", "result"}
     assert first["result"] == {"value": 2.5, "nothing": None} and first["settings"] == {"seed": 1, "sizes": [1, 2]}
     assert done == [1] and list(path.parent.iterdir()) == [path]
 
