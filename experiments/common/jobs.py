@@ -35,8 +35,8 @@ from tasks.task import Task
 BASE, THINK, PAUSE, PLAIN, OPERATIONS = "base", "think", "pause", "plain", "plain-equal-operations"
 KINDS = (BASE, THINK, PAUSE, PLAIN, OPERATIONS)
 TRAINING: dict[str, Any] = UNSEEN | dict(
-    learning_rate=1e-3,
-    mixing_head_lr_factor=3.0,
+    learning_rate=5e-4,
+    mixing_head_lr_factor=6.0,
     thought_embedding_lr_factor=1.0,
     per_device_train_batch_size=12,
     warmup_steps=0,

@@ -1,6 +1,10 @@
 """The sum of digits modulo ten: the problems of ``qstar train`` (:mod:`qstar.embedded.task`), and as many more steps.
 
-Q 3 5 8 = T 3 8 6 = 6
+    Q 1 3 5 0 8 = T 1 4 9 9 7 = 7      always five digits
+    Q 3 5 8 = T 3 8 6 6 6 6 6 6 = 6    three to eight; a note is as long as the longest, its last word said again
+
+So on the second rung the first K words of a working hold the answer where there are no more than K digits; where there
+are more, only the sum of the first K.
 """
 
 from __future__ import annotations
@@ -18,13 +22,17 @@ PRETRAINING = PretrainSettings(check_steps=25, goal=0.5)
 
 
 def sums_of(lengths: range) -> Callable[[random.Random], Problem]:
-    """Draws the sum of so many digits, each number of them as often."""
+    """Draws the sum of so many digits, each number of them as often; notes are as long as those of the most."""
+    longest = max(lengths)
+
+    def filled(note: tuple[str, ...]) -> tuple[str, ...]:
+        return note + note[-1:] * (longest - len(note))
 
     def draw(rng: random.Random) -> Problem:
         digits = tuple(rng.randrange(MODULUS) for _ in range(rng.choice(lengths)))
         named = tuple(map(str, digits))
         working = tuple(map(str, running_sums(digits)))
-        return Problem(" ".join([QUESTION, *named, EQUALS]), named, working, len(digits))
+        return Problem(" ".join([QUESTION, *named, EQUALS]), filled(named), filled(working), len(digits))
 
     return draw
 

@@ -115,6 +115,7 @@ def test_a_thought_is_written_where_it_is_the_working_as_far_as_it_goes():
     tokenizer = task.tokenizer()
     problem = next(each for each in task.problems(50, 0, "test") if each.steps == 4)
     exam = Exam(task, tokenizer, [problem] * 4, seed=0)
+    assert problem.working[3:] == problem.working[3:4] * 5
     said = [problem.working, problem.working[:2], (*problem.working, "7", "T"), (*problem.working[:3], "Q")]
     thoughts = [torch.tensor([tokenizer.convert_tokens_to_ids(list(each))]) for each in said]
     assert exam.written(Answers([], [], thoughts)) == [True, True, True, False]

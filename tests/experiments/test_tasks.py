@@ -19,7 +19,7 @@ from tasks.task import NOTE_SHARE, REPETITION_SHARE, SPLITS, WORKING_SHARE, Prob
 
 FIRST_DOCUMENTS = {
     "digits": "Q 5 5 2 3 2 = T 5 0 2 5 7 = 7",
-    "steps": "Q 4 5 1 1 7 = T 4 9 0 1 8 = 8",
+    "steps": "Q 4 5 1 1 7 = T 4 9 0 1 8 8 8 8 = 8",
     "stories": (
         "on tuesday martha begins at 5 . first for 6 hours she jogs alone . then for 1 hour she writes . later for 2 "
         "hours she skates near the zoo . what does the clock show ? answer : count 5 first 6 then 1 later 2 so 2"
@@ -48,7 +48,8 @@ def test_every_working_and_answer_is_right(task):
     modulus = HOURS if task.name == "stories" else 10
     for problem in task.problems(300, 1, "validation"):
         results = results_of(problem, modulus)
-        assert [int(word) % modulus for word in problem.working if word.isdigit()] == results
+        said = [int(word) % modulus for word in problem.working if word.isdigit()]
+        assert said == results + results[-1:] * (len(said) - len(results))
         assert int(problem.answer) % modulus == results[-1]
         assert problem.answer in task.choices
         assert problem.steps == len(results) - (task.name == "stories")
@@ -89,9 +90,9 @@ def test_documents_are_of_the_training_split_and_of_all_kinds(task):
         assert int(words[-1]) % modulus == results[-1]
         assert split_of(Problem(prompt, (), (), 0)) == "train"
         if note is not None:
-            said = [word for word in note if word.isdigit()]
-            working = [int(word) % modulus for word in said] == results
-            kinds["working" if working else "repetition" if said == numbers else "anything"] += 1
+            said, needed = [word for word in note if word.isdigit()], len(numbers)
+            working = [int(word) % modulus for word in said[:needed]] == results
+            kinds["working" if working else "repetition" if said[:needed] == numbers else "anything"] += 1
     shares = {
         "answer": 1 - NOTE_SHARE,
         "working": NOTE_SHARE * WORKING_SHARE,
