@@ -1,7 +1,7 @@
 """Small stories in plain words: what the clock shows in the end.
 
-    on monday tom wakes at 7 . first for 4 hours he reads . then for 9 hours he cooks with ann .
-    what does the clock show ? answer : count 7 first 11 then 8 so 8
+    on monday tom wakes at 7 . first for 4 hours he reads . then for 9 hours he cooks with ann . later for 1 hour
+    he rests . what does the clock show ? answer : count 7 first 11 then 8 later 9 so 9
 
 Clocks begin again after twelve. Without that a decoder learns to add a few small numbers in one step, and there would
 be little to think about.
@@ -48,7 +48,6 @@ HOURS = 12
 NUMBERS = tuple(str(hour) for hour in range(1, HOURS + 1))
 REST = _words("on at for hour hours . near the with and he she what does clock show ? answer : count so")
 WORDS = tuple(dict.fromkeys([*REST, *NUMBERS, *HE, *SHE, *BEGINS, *DOES, *PLACES, *HOW, *DAYS, *LINKS]))
-FEWEST_SPELLS, MOST_SPELLS = 2, len(LINKS)
 
 
 def draw(rng: random.Random) -> Problem:
@@ -59,15 +58,14 @@ def draw(rng: random.Random) -> Problem:
     name = rng.choice(HE if man else SHE)
     sentences = [f"on {rng.choice(DAYS)} {name} {rng.choice(BEGINS)} at {hour} ."]
     named, working = [str(hour)], [str(hour)]
-    links = LINKS[: rng.randint(FEWEST_SPELLS, MOST_SPELLS)]
-    for link in links:
+    for link in LINKS:
         spell = rng.randint(1, HOURS - 1)
         hour = (hour + spell - 1) % HOURS + 1
         sentences.append(f"{link} for {spell} {'hour' if spell == 1 else 'hours'} {_does(rng, they)} .")
         named += [link, str(spell)]
         working += [link, str(hour)]
     prompt = " ".join([*sentences, "what does the clock show ? answer :"])
-    return Problem(prompt, tuple(named), tuple(working), len(links))
+    return Problem(prompt, tuple(named), tuple(working), len(LINKS))
 
 
 def _does(rng: random.Random, they: str) -> str:
@@ -90,7 +88,7 @@ STORIES_TASK = Task(
     choices=NUMBERS,
     marker="count",
     close="so",
-    thought_tokens=2 * MOST_SPELLS + 1,
+    thought_tokens=2 * len(LINKS) + 1,
     pretraining=PretrainSettings(check_steps=25, goal=0.5, max_steps=2400),
-    training=dict(seq_length=80, max_steps=100),
+    training=dict(seq_length=80, per_device_train_batch_size=8, max_steps=200),
 )
