@@ -57,5 +57,5 @@ STEPS_TASK = Task(
     close=EQUALS,
     thought_tokens=MOST,
     pretraining=PRETRAINING,
-    training=dict(seq_length=48, max_steps=100),
+    training=dict(seq_length=48, max_steps=150),
 )
