@@ -18,7 +18,8 @@ def draw_rung(name: str, rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure  # an extra; without pyplot, which would choose a window system
 
     lengths = by_length(rows)
-    shown = [row for row in rows if row not in lengths.values() or row.tokens == max(lengths)]
+    longest = max(row.tokens for row in rows)
+    shown = [row for row in rows if row.tokens == longest]
     figure = Figure(figsize=(13 if len(lengths) > 1 else 8, 1.5 + 0.26 * len(shown)), layout="constrained")
     left, *right = figure.subplots(1, 2 if len(lengths) > 1 else 1, squeeze=False)[0]
     labels = [f"{row.variant}: {row.reads}" for row in shown]
