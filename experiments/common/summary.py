@@ -50,7 +50,7 @@ class Row:
     steps: dict[int, list[int]]
 
     def accuracy(self, seed: int, steps: int | None = None) -> float:
-        """The share of right answers, of the problems of so many steps where that is given; NaN where there are none."""
+        """The share of right answers, of problems of so many steps where that is given; NaN where there are none."""
         asked = zip(self.answers[seed]["right"], self.steps[seed], strict=True)
         found = [right == "1" for right, needed in asked if steps in (None, needed)]
         return fmean(found) if found else math.nan
