@@ -90,5 +90,5 @@ STORIES_TASK = Task(
     close="so",
     thought_tokens=2 * len(LINKS) + 1,
     pretraining=PretrainSettings(check_steps=25, goal=0.5, max_steps=2400),
-    training=dict(seq_length=80, per_device_train_batch_size=8, max_steps=200),
+    training=dict(seq_length=80, per_device_train_batch_size=8, max_steps=300),
 )
