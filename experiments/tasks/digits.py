@@ -1,10 +1,11 @@
 """The sum of digits modulo ten: the problems of ``qstar train`` (:mod:`qstar.embedded.task`), and as many more steps.
 
-    Q 1 3 5 0 8 = T 1 4 9 9 7 = 7      always five digits
-    Q 3 5 8 = T 3 8 6 6 6 6 6 6 = 6    three to eight; a note is as long as the longest, its last word said again
+    Q 1 3 5 0 8 = T 1 4 9 9 7 : 7      always five digits
+    Q 3 5 8 = T 3 8 6 6 6 6 6 6 : 6    three to eight; a note is as long as the longest, its last word said again
 
 So on the second rung the first K words of a working hold the answer where there are no more than K digits; where there
-are more, only the sum of the first K.
+are more, only the sum of the first K. A note is not closed by the word that ends a question: a model that learns how
+little can be said behind a question would learn it of a thought's end as well, and no longer read what it has thought.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from qstar.embedded.pretrain import PretrainSettings
 from qstar.embedded.task import DIGITS, EQUALS, MODULUS, NUMBERS, QUESTION, WORKING, running_sums
 from tasks.task import Problem, Task
 
-WORDS = (QUESTION, EQUALS, WORKING, *NUMBERS)
+CLOSE = ":"
+WORDS = (QUESTION, EQUALS, WORKING, CLOSE, *NUMBERS)
 FEWEST, MOST = 3, 8  # digits of the second rung
 PRETRAINING = PretrainSettings(check_steps=25, goal=0.5)
 
@@ -43,7 +45,7 @@ DIGITS_TASK = Task(
     words=WORDS,
     choices=NUMBERS,
     marker=WORKING,
-    close=EQUALS,
+    close=CLOSE,
     thought_tokens=DIGITS,
     pretraining=PRETRAINING,
     training=dict(seq_length=48, max_steps=100),
@@ -54,7 +56,7 @@ STEPS_TASK = Task(
     words=WORDS,
     choices=NUMBERS,
     marker=WORKING,
-    close=EQUALS,
+    close=CLOSE,
     thought_tokens=MOST,
     pretraining=PRETRAINING,
     training=dict(seq_length=48, max_steps=150),

@@ -3,9 +3,9 @@
 A document is a problem with its answer, or one with a note before the answer::
 
     Q 1 3 5 0 8 = 7                     the answer alone
-    Q 1 3 5 0 8 = T 1 4 9 9 7 = 7       a working: of use, since each of its steps is easy
-    Q 1 3 5 0 8 = T 1 3 5 0 8 = 7       a repetition of what the question names: of no use
-    Q 1 3 5 0 8 = T 4 0 2 9 1 = 7       anything: of no use
+    Q 1 3 5 0 8 = T 1 4 9 9 7 : 7       a working: of use, since each of its steps is easy
+    Q 1 3 5 0 8 = T 1 3 5 0 8 : 7       a repetition of what the question names: of no use
+    Q 1 3 5 0 8 = T 4 0 2 9 1 : 7       anything: of no use
 
 All notes open with the same word, as in text that nobody wrote to teach reasoning. So a model of this corpus can write
 a working and read it, but writes one no more often than the corpus has it. Which notes help to predict what follows is

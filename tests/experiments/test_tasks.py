@@ -18,8 +18,8 @@ from tasks.stories import HOURS
 from tasks.task import NOTE_SHARE, REPETITION_SHARE, SPLITS, WORKING_SHARE, Problem, split_of
 
 FIRST_DOCUMENTS = {
-    "digits": "Q 5 5 2 3 2 = T 5 0 2 5 7 = 7",
-    "steps": "Q 4 5 1 1 7 = T 4 9 0 1 8 8 8 8 = 8",
+    "digits": "Q 5 5 2 3 2 = T 5 0 2 5 7 : 7",
+    "steps": "Q 4 5 1 1 7 = T 4 9 0 1 8 8 8 8 : 8",
     "stories": (
         "on tuesday martha begins at 5 . first for 8 hours she rests . then for 9 hours she runs near the castle . "
         "later for 2 hours she fishes near the station . what does the clock show ? answer : "
@@ -171,5 +171,5 @@ def test_the_cache_tells_tasks_apart_and_measures_with_what_it_is_given(tmp_path
             )
             assert isinstance(tokenizer, PreTrainedTokenizerFast)
             assert model.config.vocab_size == len(task.words) + 2
-    assert measured == [("digits", 15), ("stories", len(TASKS["stories"].words) + 2)]
+    assert measured == [("digits", 16), ("stories", len(TASKS["stories"].words) + 2)]
     assert len(list(tmp_path.iterdir())) == 2
