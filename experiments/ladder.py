@@ -23,27 +23,22 @@ from common.summary import read_rungs, write_tables
 from qstar.training.curves import can_draw
 
 SEEDS = (0, 1, 2, 3, 4)
-CUT = (1, 2, 4, 6)  # tokens of a thought, where more steps need longer ones
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(policy_weight=30.0),
     "rlp": dict(policy_weight=30.0, baseline="leave_one_out", signed_advantages=True, reinforce_temperature=1.0),
 }
 
 
-def variants(rung: str) -> dict[str, dict[str, Any]]:
-    """What is trained on a rung, as arguments of :class:`common.jobs.Job`, by name."""
-    found: dict[str, dict[str, Any]] = {
+def variants() -> dict[str, dict[str, Any]]:
+    """What is trained on every rung, as arguments of :class:`common.jobs.Job`, by name."""
+    return {
         "base": dict(kind=BASE),
         "plain": dict(kind=PLAIN),
         "plain-equal-operations": dict(kind=OPERATIONS),
         "pause": dict(kind=PAUSE),
         "no-reward": dict(kind=THINK, training=dict(policy_weight=0.0)),
+        **{name: dict(kind=THINK, training=training) for name, training in PRESETS.items()},
     }
-    found |= {name: dict(kind=THINK, training=training) for name, training in PRESETS.items()}
-    if rung == "steps":
-        for tokens in CUT:
-            found[f"rlp-{tokens}"] = found["rlp"] | dict(thoughts=dict(thought_tokens=tokens))
-    return found
 
 
 def jobs(given: argparse.Namespace) -> list[Job]:
@@ -52,7 +47,7 @@ def jobs(given: argparse.Namespace) -> list[Job]:
     Raises:
         ValueError: there is no such variant.
     """
-    known = variants(given.rung)
+    known = variants()
     for name in given.variants or ():
         if name not in known:
             raise ValueError(f"variant is {name!r}, but it must be one of {', '.join(known)}")
@@ -76,7 +71,7 @@ def summarize(folder: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
     flags = job_flags(__doc__, seeds=SEEDS, folder="runs/ladder")
-    flags.add_argument("--variants", nargs="+", metavar="NAME", help="all of the rung by default")
+    flags.add_argument("--variants", nargs="+", metavar="NAME", help="all by default")
     return run(flags, flags.parse_args(arguments), jobs, summarize)
 
 

@@ -15,6 +15,7 @@ from tasks.task import Problem, Task
 
 OWN_THOUGHTS, SAMPLED, NO_THOUGHTS = "its thoughts", "its thoughts, sampled", "no thoughts"
 UNTRAINED, UNTRAINED_SAMPLED = "untrained thoughts", "untrained thoughts, sampled"
+FIRST = "its first {} tokens"
 ELSEWHERE, RANDOM, SAME = "another problem's thoughts", "random tokens", "one token, repeated"
 BATCH = 100  # problems that are answered at a time
 
@@ -77,6 +78,8 @@ class Exam:
             RANDOM: random_tokens(model, self.tokenizer, shapes, self.seed),
             SAME: pauses(shapes, pause_token(model, self.tokenizer)),
         }
+        for tokens in self.task.cuts:
+            read[FIRST.format(tokens)] = [each[:, :tokens] for each in own.thoughts]
         rows = {OWN_THOUGHTS: own, SAMPLED: self.answers(model, OWN, 1.0), NO_THOUGHTS: self.answers(model, None)}
         return rows | {name: self.answers(model, thoughts) for name, thoughts in read.items()}
 

@@ -202,7 +202,9 @@ def _record(exam: Exam, answers: Answers) -> dict[str, Any]:
     """Answers as JSON can say them; right and wrong as a text of 1 and 0."""
     written = exam.written(answers)
     found = dict(right=_bits(answers.right), log_prob=answers.log_prob)
-    return found if written is None else found | dict(written=_bits(written))
+    if answers.thoughts is None or written is None:
+        return found
+    return found | dict(written=_bits(written), tokens=answers.thoughts[0].shape[1])
 
 
 def _bits(values: list[bool]) -> str:

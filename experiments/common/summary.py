@@ -10,7 +10,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common.answers import NO_THOUGHTS, OWN_THOUGHTS, SAMPLED
+from common.answers import (
+    ELSEWHERE,
+    FIRST,
+    NO_THOUGHTS,
+    OWN_THOUGHTS,
+    RANDOM,
+    SAME,
+    UNTRAINED,
+    UNTRAINED_SAMPLED,
+)
 from common.folders import made_with, read_json, write_json
 from common.jobs import THINK
 from common.markdown import markdown_table, with_interval
@@ -25,6 +34,7 @@ TRAINED_ALONE = (
     "pause",
     "no-reward",
 )  # controls that are models of their own
+CONTROLS = (NO_THOUGHTS, UNTRAINED, UNTRAINED_SAMPLED, ELSEWHERE, RANDOM, SAME)  # that a model reads itself
 MARKDOWN, NUMBERS = "ladder.md", "ladder.json"
 
 
@@ -35,7 +45,7 @@ class Row:
     Attributes:
         variant: how the model was trained.
         reads: what it read.
-        tokens: K of its thoughts.
+        tokens: K of the thoughts that it read; 0 without.
         thinks: whether it was taught to think.
         answers: of each seed: ``right`` as a text of 1 and 0, ``log_prob`` of each problem, and, where there were
             thoughts, ``written``: whether each was the working.
@@ -82,7 +92,7 @@ def read_rows(folder: Path) -> list[Row]:
         for reads, row in found["result"]["rows"].items():
             answers[name, reads][seed] = row
     return [
-        Row(name, reads, settings[name]["thoughts"]["thought_tokens"], settings[name]["kind"] == THINK, rows, steps)
+        Row(name, reads, next(iter(rows.values())).get("tokens", 0), settings[name]["kind"] == THINK, rows, steps)
         for (name, reads), rows in answers.items()
     ]
 
@@ -116,8 +126,8 @@ def write_tables(folder: Path) -> str:
 
 def rung_tables(rows: Sequence[Row]) -> str:
     """All tables of a rung."""
-    tables = [every_row(rows), *beside_controls(rows)]
-    return "\n\n".join(tables + ([longer_thoughts(rows)] if len(by_length(rows)) > 1 else []))
+    lengths = [longer_thoughts(found) for found in by_length(rows).values()]
+    return "\n\n".join([every_row(rows), *beside_controls(rows), *lengths])
 
 
 def every_row(rows: Sequence[Row]) -> str:
@@ -146,14 +156,13 @@ def every_row(rows: Sequence[Row]) -> str:
 
 
 def beside_controls(rows: Sequence[Row]) -> Iterator[str]:
-    """For every variant that thinks in full length a table of its thoughts beside every control."""
-    longest = max(row.tokens for row in rows)
+    """For every variant that learned what to think a table of its thoughts beside every control."""
     for own in rows:
-        if own.reads != OWN_THOUGHTS or not own.thinks or own.variant in TRAINED_ALONE or own.tokens < longest:
+        if own.reads != OWN_THOUGHTS or not own.thinks or own.variant in TRAINED_ALONE:
             continue
         lines = []
         for other in rows:
-            same = other.variant == own.variant and other.reads not in (OWN_THOUGHTS, SAMPLED)
+            same = other.variant == own.variant and other.reads in CONTROLS
             apart = other.variant in TRAINED_ALONE and other.reads in (NO_THOUGHTS, OWN_THOUGHTS)
             if same or apart:
                 lines.append(_beside(own, other))
@@ -165,26 +174,33 @@ def beside_controls(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def by_length(rows: Sequence[Row]) -> dict[int, Row]:
-    """The rows that differ in K alone, by K."""
-    own = [row for row in rows if row.thinks and row.reads == OWN_THOUGHTS]
-    names = {row.variant.rpartition("-")[0] for row in own if row.variant.endswith(f"-{row.tokens}")}
-    return {row.tokens: row for row in own if row.variant in names or row.variant.rpartition("-")[0] in names}
+def by_length(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows that read own thoughts, by variant, from the shortest to the whole; of variants where some are cut."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        learned = row.thinks and row.variant not in TRAINED_ALONE
+        if learned and row.reads in (OWN_THOUGHTS, FIRST.format(row.tokens)):
+            found[row.variant].append(row)
+    return {name: sorted(own, key=lambda row: row.tokens) for name, own in found.items() if len(own) > 1}
 
 
-def longer_thoughts(rows: Sequence[Row]) -> str:
+def longer_thoughts(lengths: Sequence[Row]) -> str:
     """Accuracy by the number of steps, for every K."""
-    lengths = by_length(rows)
-    needed = sorted({steps for row in rows for each in row.steps.values() for steps in each})
+    needed = steps_of(lengths)
     lines = []
-    for tokens, row in sorted(lengths.items()):
+    for row in lengths:
         cells = [[100 * row.accuracy(seed, steps) for seed in sorted(row.answers)] for steps in (None, *needed)]
-        lines.append([str(tokens), _with_interval(cells[0], 1), *(f"{fmean(each):.1f}" for each in cells[1:])])
+        lines.append([str(row.tokens), _with_interval(cells[0], 1), *(f"{fmean(each):.1f}" for each in cells[1:])])
     return (
-        "Accuracy in per cent by the length of thoughts K, a model trained for each, and by the steps that a problem "
-        "takes; means over seeds, all problems with 95 % intervals over seeds.\n\n"
+        f"Accuracy of {lengths[0].variant} in per cent by K, the tokens of its thoughts that it reads, and by the "
+        "steps that a problem takes; means over seeds, all problems with 95 % intervals over seeds.\n\n"
         f"{markdown_table(['K', 'all', *map(str, needed)], lines)}"
     )
+
+
+def steps_of(rows: Sequence[Row]) -> list[int]:
+    """All numbers of steps that problems take."""
+    return sorted({steps for row in rows for each in row.steps.values() for steps in each})
 
 
 def _beside(own: Row, other: Row) -> list[str]:

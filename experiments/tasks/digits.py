@@ -58,6 +58,7 @@ STEPS_TASK = Task(
     marker=WORKING,
     close=CLOSE,
     thought_tokens=MOST,
+    cuts=(1, 2, 4, 6),
     pretraining=PRETRAINING,
     training=dict(seq_length=48, max_steps=150),
 )

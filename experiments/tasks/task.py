@@ -65,6 +65,7 @@ class Task:
         marker: the word that opens a note.
         close: the word that closes it, right before the answer.
         thought_tokens: K, as long as the longest working.
+        cuts: numbers of tokens that a thought is cut to as well, where more steps need longer thoughts.
         pretraining: the decoder, and when its pre-training stops.
         training: settings of :class:`qstar.training.settings.QuietStarArguments` for all that is trained after it.
     """
@@ -76,6 +77,7 @@ class Task:
     marker: str
     close: str
     thought_tokens: int
+    cuts: tuple[int, ...] = ()
     pretraining: PretrainSettings = field(default_factory=PretrainSettings)
     training: dict[str, Any] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ import ladder
 from common import jobs
 from common.answers import (
     ELSEWHERE,
+    FIRST,
     NO_THOUGHTS,
     OWN_THOUGHTS,
     RANDOM,
@@ -85,7 +86,7 @@ def test_thoughts_and_what_stands_in_their_place_are_read():
         torch.manual_seed(0)
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    exam = Exam(task, tokenizer, task.problems(6, 1, "test"), seed=1)
+    exam = Exam(replace(task, cuts=(1, 2)), tokenizer, task.problems(6, 1, "test"), seed=1)
     rows = exam.with_thoughts(model, before)
     choices = torch.tensor(tokenizer.convert_tokens_to_ids(list(task.choices)))
     prompts = [torch.tensor(tokenizer(each.prompt)["input_ids"]) for each in exam.problems]
@@ -99,6 +100,7 @@ def test_thoughts_and_what_stands_in_their_place_are_read():
         RANDOM: [each[0] for each in rows[RANDOM].thoughts],
         SAME: [torch.full((3,), model.qstar.start_token_id)] * 6,
     }
+    read |= {FIRST.format(count): [each[:count] for each in read[OWN_THOUGHTS]] for count in (1, 2)}
     assert read.keys() == rows.keys()
     for name, thoughts in read.items():
         for number, (prompt, thought) in enumerate(zip(prompts, thoughts, strict=True)):
@@ -166,21 +168,22 @@ def test_the_summary_is_of_what_is_there(folder):
     assert (folder / "digits.png").exists() or not ladder.can_draw()
 
 
-def made(name, seed, rows, tokens=8, kind="think", steps=(3, 4, 3, 4)):
+def made(name, seed, rows, kind="think", steps=(3, 4, 3, 4)):
     """A result by hand; ``rows`` hold right answers as a text, whose log-probability is then -0.5, and -2 else."""
     answers = {
         reads: dict(right=right, log_prob=[-0.5 if each == "1" else -2.0 for each in right])
+        | ({} if reads == NO_THOUGHTS else dict(tokens=2 if "first" in reads else 8))
         for reads, right in rows.items()
     }
-    settings = dict(name=name, seed=seed, kind=kind, thoughts=dict(thought_tokens=tokens))
+    settings = dict(name=name, seed=seed, kind=kind)
     return dict(settings=settings, result=dict(problem_steps=list(steps), rows=answers))
 
 
 def test_tables_hold_means_over_seeds_gains_and_lengths(tmp_path):
     every = [made("base", seed, {"no thoughts": "0001"}, kind="base") for seed in (0, 1)]
-    every += [made("rlp-2", seed, {"its thoughts": "1011"}, tokens=2) for seed in (0, 1)]
     every += [
-        made("rlp", seed, {"its thoughts": "1111", "no thoughts": right}) for seed, right in ((0, "0000"), (1, "0001"))
+        made("rlp", seed, {"its thoughts": "1111", "no thoughts": right, "its first 2 tokens": "1011"})
+        for seed, right in ((0, "0000"), (1, "0001"))
     ]
     for each in every:
         path = tmp_path / "steps" / f"seed-{each['settings']['seed']}" / f"{each['settings']['name']}.json"
@@ -194,6 +197,7 @@ def test_tables_hold_means_over_seeds_gains_and_lengths(tmp_path):
     assert "| base | no thoughts | +75.0 [+75.0, +75.0] | 2 of 2 | +1.125 [+1.125, +1.125] | 2 of 2 |" in text
     assert "| 2 | 75.0 [75.0, 75.0] | 100.0 | 50.0 |" in text
     assert "| 8 | 100.0 [100.0, 100.0] | 100.0 | 100.0 |" in text
-    assert [row.variant for row in read_rows(tmp_path / "steps")] == ["base", "rlp-2", "rlp", "rlp"]
+    assert "| rlp | its first 2 tokens | +" not in text, "thoughts cut short are no control"
+    assert [row.variant for row in read_rows(tmp_path / "steps")] == ["base", "rlp", "rlp", "rlp"]
     with pytest.raises(FileNotFoundError, match="holds no results: run a rung first"):
         ladder.summarize(tmp_path / "steps" / "seed-0")
