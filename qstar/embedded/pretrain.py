@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -21,6 +22,7 @@ from qstar.embedded.task import Problems, build_tokenizer, documents, problems
 
 RECORD_FILE = "pretraining.json"
 Corpus: TypeAlias = Callable[[int, int], list[str]]  # so many documents, of a seed
+Measure: TypeAlias = "Callable[[LlamaForCausalLM], Ability]"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,12 @@ class Ability:
 
 
 def pretrained_model(
-    cache_dir: str | Path, seed: int = 0, settings: PretrainSettings | None = None, corpus: Corpus | None = None
+    cache_dir: str | Path,
+    seed: int = 0,
+    settings: PretrainSettings | None = None,
+    corpus: Corpus | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    measure: Measure | None = None,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The pre-trained decoder and its tokenizer: from the cache, or trained now (about a minute on two cores).
 
@@ -91,19 +98,21 @@ def pretrained_model(
         seed: of the weights and of the corpus.
         settings: the defaults of :class:`PretrainSettings` where None.
         corpus: what it is trained on; :func:`qstar.embedded.task.documents` where None.
+        tokenizer: of the corpus; that of :mod:`qstar.embedded.task` where None.
+        measure: what the model can do; :func:`measure_ability` with problems of :mod:`qstar.embedded.task` where None.
 
     Warns:
         UserWarning: the model did not reach the goal within ``max_steps``; thoughts will hardly help it.
     """
-    settings, corpus = settings or PretrainSettings(), corpus or documents
-    folder = Path(cache_dir) / f"decoder-{_cache_key(seed, settings, corpus)}"
-    tokenizer = build_tokenizer()
+    settings, corpus, tokenizer = settings or PretrainSettings(), corpus or documents, tokenizer or build_tokenizer()
+    measure = measure or partial(measure_ability, asked=problems(settings.tried, seed, tokenizer, split="validation"))
+    folder = Path(cache_dir) / f"decoder-{_cache_key(seed, settings, corpus, tokenizer)}"
     if (folder / RECORD_FILE).is_file():
         model = LlamaForCausalLM.from_pretrained(folder)
         record = json.loads((folder / RECORD_FILE).read_text())
         steps, ability = record["steps"], Ability(**record["ability"])
     else:
-        model, steps, ability = pretrain(tokenizer, seed, settings, corpus)
+        model, steps, ability = pretrain(tokenizer, seed, settings, corpus, measure)
         _save(folder, model, tokenizer, dict(steps=steps, ability=asdict(ability), seed=seed, **asdict(settings)))
         model = LlamaForCausalLM.from_pretrained(folder)  # which knows where it is from
     if not ability.reaches(settings.goal):
@@ -116,7 +125,7 @@ def pretrained_model(
 
 
 def pretrain(
-    tokenizer: PreTrainedTokenizerFast, seed: int, settings: PretrainSettings, corpus: Corpus
+    tokenizer: PreTrainedTokenizerFast, seed: int, settings: PretrainSettings, corpus: Corpus, measure: Measure
 ) -> tuple[LlamaForCausalLM, int, Ability]:
     """Train a decoder from random weights; the model in ``eval()``, the steps taken, and what it can do then."""
     with torch.random.fork_rng(devices=[]):
@@ -132,12 +141,11 @@ def pretrain(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / settings.warmup_steps, 1 - step / settings.max_steps)
     )
-    unseen = problems(settings.tried, seed, tokenizer, split="validation")
     step = 0
     with tqdm(total=settings.max_steps, desc="pre-training", unit="step") as progress:
         while True:
             if step % settings.check_steps == 0 or step == settings.max_steps:
-                ability = measure_ability(model, unseen)
+                ability = measure(model)
                 progress.set_postfix_str(str(ability))
                 if ability.reaches(settings.goal) or step == settings.max_steps:
                     return model, step, ability
@@ -202,9 +210,9 @@ def decoder_config(tokenizer: PreTrainedTokenizerFast, settings: PretrainSetting
     )
 
 
-def _cache_key(seed: int, settings: PretrainSettings, corpus: Corpus) -> str:
+def _cache_key(seed: int, settings: PretrainSettings, corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> str:
     """A name that changes with the seed, with any setting, and with what the generator and the tokenizer make of it."""
-    vocabulary = sorted(build_tokenizer().get_vocab().items())
+    vocabulary = sorted(tokenizer.get_vocab().items())
     content = json.dumps([seed, asdict(settings), corpus(16, seed), vocabulary])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
