@@ -16,14 +16,20 @@ class OutOfTime(Exception):
 
 
 class Deadline:
-    """Some seconds from now; without a limit there is always time."""
+    """Some seconds from now, in this process and in others that it is given to; without a limit there is always time.
+
+    Raises:
+        ValueError: ``seconds`` is below 0.
+    """
 
     def __init__(self, seconds: float | None):
-        self.end = None if seconds is None else time.monotonic() + seconds
+        if seconds is not None and seconds < 0:
+            raise ValueError(f"the limit of time is {seconds:g} s, but it must be at least 0")
+        self.end = None if seconds is None else time.time() + seconds
 
     def left(self) -> float:
         """Seconds that are left, below 0 behind the deadline; infinite without one."""
-        return float("inf") if self.end is None else self.end - time.monotonic()
+        return float("inf") if self.end is None else self.end - time.time()
 
     def check(self, what: str, seconds: float = 0.0) -> None:
         """Raise OutOfTime where ``seconds`` more would end behind the deadline."""

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.deadline import Deadline
 from common.jobs import Job, run_jobs
-from common.results import TimeLimit
 from qstar.training.folders import alone_in
 from tasks.every import TASKS
 
@@ -62,9 +62,10 @@ def run(
         if given.rung is None:
             flags.error("a rung is needed, or --summarize")
         asked = jobs(given)
+        deadline = Deadline(None if given.minutes is None else 60 * given.minutes)
         folder = given.output_dir / given.rung
         with alone_in(folder):
-            left = run_jobs(asked, folder, TimeLimit(given.minutes), given.processes)
+            left = run_jobs(asked, folder, deadline, given.processes)
     except (ValueError, FileNotFoundError, BlockingIOError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

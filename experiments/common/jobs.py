@@ -18,8 +18,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from common.ability import note_ability
 from common.answers import NO_THOUGHTS, OWN_THOUGHTS, Answers, Exam
+from common.deadline import Deadline
 from common.operations import equal_steps
-from common.results import TimeLimit, result_of
+from common.results import result_of
 from qstar.cpu import keep_freed_memory, one_thread
 from qstar.data import pack
 from qstar.embedded.pretrain import pretrained_model
@@ -159,13 +160,13 @@ def pretrained(task: Task, seed: int) -> tuple[LlamaForCausalLM, PreTrainedToken
     return pretrained_model(CACHE, seed, task.pretraining, task.documents, tokenizer, measure)
 
 
-def run_jobs(jobs: Iterable[Job], folder: Path, limit: TimeLimit, processes: int = 1) -> int:
+def run_jobs(jobs: Iterable[Job], folder: Path, deadline: Deadline, processes: int = 1) -> int:
     """Do what has no result in ``folder`` yet, the jobs of a seed one after the other in one process.
 
     Args:
         jobs: what there is to do.
         folder: holds a folder of results for each seed.
-        limit: after which no job is begun any more.
+        deadline: after which no job is begun any more.
         processes: seeds that are worked on at a time.
 
     Returns:
@@ -175,7 +176,7 @@ def run_jobs(jobs: Iterable[Job], folder: Path, limit: TimeLimit, processes: int
         ValueError: a result that is there is of other settings.
     """
     by_seed = [list(each) for _, each in groupby(sorted(jobs, key=lambda job: job.seed), key=lambda job: job.seed)]
-    work = partial(_do, folder=folder, limit=limit)
+    work = partial(_do, folder=folder, deadline=deadline)
     if processes == 1:
         return sum(map(work, by_seed))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -187,9 +188,9 @@ def result_path(folder: Path, seed: int, name: str) -> Path:
     return folder / f"seed-{seed}" / f"{name}.json"
 
 
-def _do(jobs: list[Job], folder: Path, limit: TimeLimit) -> int:
+def _do(jobs: list[Job], folder: Path, deadline: Deadline) -> int:
     for number, job in enumerate(jobs):
-        if limit.over:
+        if deadline.left() <= 0:
             return len(jobs) - number
         found = result_of(result_path(folder, job.seed, job.name), job.settings, job.result)
         rows = found["result"]["rows"]

@@ -15,27 +15,6 @@ from common.folders import made_with, read_json, write_json
 from qstar.evaluation.tables import finite_or_none
 
 
-class TimeLimit:
-    """A time after which nothing new is begun, in this process and in others that it is given to.
-
-    Args:
-        minutes: from now on; None for no limit.
-
-    Raises:
-        ValueError: ``minutes`` is below 0.
-    """
-
-    def __init__(self, minutes: float | None = None):
-        if minutes is not None and minutes < 0:
-            raise ValueError(f"minutes is {minutes}, but it must be at least 0, or None")
-        self._end = None if minutes is None else time.time() + 60 * minutes
-
-    @property
-    def over(self) -> bool:
-        """Whether it has passed."""
-        return self._end is not None and time.time() >= self._end
-
-
 def read_result(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """What ``path`` holds: ``settings``, ``result``, ``seconds`` that it took, what it was made with; None without it.
 

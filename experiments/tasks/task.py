@@ -21,15 +21,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qstar.embedded.pretrain import PretrainSettings
+from qstar.embedded.task import SPLITS, build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SPLITS = ("train", "validation", "test")
 HELD_OUT = 16  # one problem of so many is for validation, and one for the test
 NOTE_SHARE = 0.8  # of the documents
 WORKING_SHARE, REPETITION_SHARE = 0.4, 0.5  # of the notes; the others are anything
-END, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Task:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """A tokenizer of the task's words, one token each. Padding and end of text are one token."""
-        return word_tokenizer(self.words)
+        return build_tokenizer(self.words)
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         """A problem of ``split`` by chance.
@@ -139,21 +138,3 @@ def split_of(problem: Problem) -> str:
     """The split of a problem: a property of its words, so that splits cannot overlap. One in 16 each is held out."""
     digest = hashlib.sha256(problem.prompt.encode()).digest()
     return {0: "test", 1: "validation"}.get(digest[0] % HELD_OUT, "train")
-
-
-def word_tokenizer(words: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words between spaces. Padding and end of text are one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: number for number, word in enumerate([END, UNKNOWN, *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token=UNKNOWN,
-        eos_token=END,
-        pad_token=END,
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-    )

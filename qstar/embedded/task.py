@@ -105,14 +105,16 @@ def split_of(digits: tuple[int, ...]) -> str:
     return {0: "test", 1: "validation"}.get(digest[0] % 16, "train")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of the task's words, one token each. Padding and end of text are one token."""
+def build_tokenizer(words: Iterable[str] = (QUESTION, EQUALS, WORKING, *NUMBERS)) -> PreTrainedTokenizerFast:
+    """A tokenizer of ``words`` between spaces, one token each; by default those of the task.
+
+    Padding and end of text are one token.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [END, UNKNOWN, QUESTION, EQUALS, WORKING, *NUMBERS]
-    model = models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN)
-    tokenizer = Tokenizer(model)
+    vocabulary = {word: index for index, word in enumerate([END, UNKNOWN, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

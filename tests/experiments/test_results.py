@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from common.results import TimeLimit, read_result, result_of
+from common.deadline import Deadline
+from common.results import read_result, result_of
 from common.seeds import over_seeds
 
 
@@ -52,15 +53,13 @@ def test_work_that_fails_leaves_no_file(tmp_path):
 def test_a_time_limit_ends(monkeypatch):
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
-    limit, none = TimeLimit(2.0), TimeLimit()
-    assert not limit.over and not none.over
+    limit, none = Deadline(120), Deadline(None)
     now += 119
-    assert not limit.over
-    now += 1
-    assert limit.over and not none.over
-    assert TimeLimit(0).over
-    with pytest.raises(ValueError, match="minutes is -1, but it must be at least 0, or None"):
-        TimeLimit(-1)
+    assert limit.left() == pytest.approx(1) and none.left() == math.inf
+    now += 2
+    assert limit.left() == pytest.approx(-1) and none.left() == math.inf
+    with pytest.raises(ValueError, match="the limit of time is -60 s, but it must be at least 0"):
+        Deadline(-60)
 
 
 def test_an_interval_over_seeds_is_students():
