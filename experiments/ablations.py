@@ -100,7 +100,7 @@ def table(rung: str, folder: Path, seeds: Sequence[int]) -> str:
             [
                 change.factor,
                 change.value,
-                with_interval(fmean(right), over_seeds(right), digits=1),
+                with_interval(fmean(right), over_seeds(right, 0, 100), digits=1),
                 with_interval(fmean(logs), over_seeds(logs)),
                 f"{fmean(written):.1f}",
                 f"{fmean(each['result']['log'][-1]['thought_entropy'] for each in found):.2f}",

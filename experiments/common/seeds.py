@@ -16,8 +16,12 @@ from qstar.evaluation.intervals import Interval
 QUANTILES = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def over_seeds(values: Sequence[float]) -> Interval:
+def over_seeds(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> Interval:
     """The 95 % interval of a mean over seeds; NaN for one seed.
+
+    Args:
+        values: of each seed.
+        least, most: that a value can be, where the interval ends.
 
     Raises:
         ValueError: there are no values, or more than ten.
@@ -27,4 +31,4 @@ def over_seeds(values: Sequence[float]) -> Interval:
     if len(values) == 1:
         return Interval(math.nan, math.nan)
     half = QUANTILES[len(values) - 1] * stdev(values) / math.sqrt(len(values))
-    return Interval(fmean(values) - half, fmean(values) + half)
+    return Interval(max(fmean(values) - half, least), min(fmean(values) + half, most))

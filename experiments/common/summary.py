@@ -142,7 +142,7 @@ def every_row(rows: Sequence[Row]) -> str:
             [
                 row.variant,
                 row.reads,
-                _with_interval([100 * row.accuracy(seed) for seed in found], 1),
+                _share([row.accuracy(seed) for seed in found]),
                 _with_interval([row.log_likelihood(seed) for seed in found], 3),
                 "" if math.isnan(written) else f"{100 * written:.1f}",
                 *(_seed_cell(row, seed) for seed in seeds),
@@ -189,8 +189,8 @@ def longer_thoughts(lengths: Sequence[Row]) -> str:
     needed = steps_of(lengths)
     lines = []
     for row in lengths:
-        cells = [[100 * row.accuracy(seed, steps) for seed in sorted(row.answers)] for steps in (None, *needed)]
-        lines.append([str(row.tokens), _with_interval(cells[0], 1), *(f"{fmean(each):.1f}" for each in cells[1:])])
+        cells = [[row.accuracy(seed, steps) for seed in sorted(row.answers)] for steps in (None, *needed)]
+        lines.append([str(row.tokens), _share(cells[0]), *(f"{100 * fmean(each):.1f}" for each in cells[1:])])
     return (
         f"Accuracy of {lengths[0].variant} in per cent by K, the tokens of its thoughts that it reads, and by the "
         "steps that a problem takes; means over seeds, all problems with 95 % intervals over seeds.\n\n"
@@ -219,6 +219,12 @@ def _seed_cell(row: Row, seed: int) -> str:
         return ""
     low, high = row.interval(seed)
     return f"{100 * row.accuracy(seed):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _share(values: Sequence[float]) -> str:
+    """A mean share in per cent, with its interval."""
+    found = [100 * value for value in values]
+    return with_interval(fmean(found), over_seeds(found, 0, 100), digits=1)
 
 
 def _with_interval(values: Sequence[float], digits: int, sign: str = "") -> str:

@@ -190,7 +190,7 @@ def test_tables_hold_means_over_seeds_gains_and_lengths(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(each))
     text = ladder.summarize(tmp_path)
-    low, high = over_seeds([0.0, 25.0])
+    low, high = over_seeds([0.0, 25.0], 0, 100)  # a share
     assert f"| rlp | no thoughts | 12.5 [{low:.1f}, {high:.1f}] |" in text
     assert "| rlp | its thoughts | 100.0 [100.0, 100.0] | -0.500 [-0.500, -0.500] |" in text
     assert paired([1.0] * 4, [0.0, 0.0, 0.0, 1.0]).low == 0.25

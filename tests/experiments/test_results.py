@@ -66,6 +66,7 @@ def test_an_interval_over_seeds_is_students():
     low, high = over_seeds([1.0, 2.0, 3.0, 4.0, 5.0])
     half = 2.776 * math.sqrt(2.5) / math.sqrt(5)  # the standard deviation of 1 to 5 is the root of 2.5
     assert (low, high) == pytest.approx((3 - half, 3 + half))
+    assert over_seeds([1.0, 2.0, 3.0, 4.0, 5.0], least=2.0, most=4.5) == (2.0, 4.5)
     assert over_seeds([0.5, 0.5]) == (0.5, 0.5)
     assert all(map(math.isnan, over_seeds([0.5])))
     with pytest.raises(ValueError, match="values are 11, but they must be 1 to 10"):
