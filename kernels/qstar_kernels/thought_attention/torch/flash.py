@@ -133,7 +133,7 @@ def attend_text_by_slot(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tens
 
 def attend_text_by_block(q: Tensor, k: Tensor, v: Tensor, rules: Rules, out: Tensor, lse: Tensor) -> None:
     """The same on a CPU, some positions after the other: the last ones, or those of ``rules``."""
-    if rules.positions is None and onednn.serves(q, k, v):
+    if onednn.serves(q, k, v, rules):
         onednn.attend(q, k, v, rules.scale, out, lse)
         return
     rows, out, lse = (grouped(x, k.shape[1]) for x in (q, out, lse))
@@ -159,7 +159,7 @@ def attend_text_backward(do, out, lse, q, k, v, rules: Rules, dq: Tensor) -> tup
         dq.copy_(dq_text.unflatten(1, (q.shape[1], q.shape[3])).transpose(2, 3))
         return dk, dv
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    if rules.positions is None and onednn.serves(q, k, v):
+    if onednn.serves(q, k, v, rules):
         onednn.attend_backward(do, out, lse, q, k, v, rules.scale, dq, dk, dv)
         return dk, dv
     do, out, lse, rows, dq = (grouped(x, k.shape[1]) for x in (do, out, lse, q, dq))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qstar_kernels import products
+from qstar_kernels.thought_attention.rules import Rules
 from qstar_kernels.thought_attention.torch.blocks import grouped
 
 SCORES = 2**19  # at once, about: they stay in the caches
@@ -30,8 +31,10 @@ SHIFT = 17.0  # e^-17 is less than half of the distance from 1 to the next float
 LARGEST_BOUND = 35.0  # e^(-2 * 35 - 17) is still a normal float32
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether q [B, Hq, N, C, D] and keys k [B, Hkv, S, D] are attended to faster so here, as things stand."""
+def serves(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> bool:
+    """Whether q [B, Hq, N, C, D] at the last positions meet the keys k [B, Hkv, S, D] faster so, as things stand."""
+    if rules.positions is not None:
+        return False
     scores = q.shape[1] // k.shape[1] * q.shape[2] * q.shape[3] * k.shape[2]
     enough = scores >= LEAST_SCORES and q.shape[4] >= products.LEAST_SIZE
     return enough and products.is_chosen() and products.is_ordinary(q, k, v)
