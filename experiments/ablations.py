@@ -1,10 +1,10 @@
-"""What matters in learning to think: one setting at a time, on a rung of the ladder, else as in its variant ``paper``.
+"""What matters in learning to think: one setting at a time, on a rung of the ladder, else as one of its variants.
 
-    python experiments/ablations.py [digits|steps|stories] [--seeds 0 1 2] [--processes 2] [--output-dir runs/ablations]
-    python experiments/ablations.py --summarize
+    python experiments/ablations.py [digits|steps|stories] [--preset rlp|paper] [--seeds 0 1 2] [--processes 2]
+    python experiments/ablations.py --summarize [--preset rlp|paper]
 
-Each value of each seed is a file in ``OUTPUT_DIR/RUNG/seed-S/``; a run that was stopped goes on with what has none.
-``--summarize`` writes ``ablations.md`` from those files.
+Each value of each seed is a file in ``OUTPUT_DIR/PRESET/RUNG/seed-S/``, by default in ``runs/ablations``; a run that was
+stopped goes on with what has none. ``--summarize`` writes ``ablations.md`` from those files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from common.folders import read_json
 from common.jobs import THINK, Job, result_path
 from common.markdown import markdown_table, with_interval
 from common.seeds import over_seeds
-from ladder import PRESETS
+from ladder import PRESETS as VARIANTS
+from qstar.training.settings import PRESETS as OBJECTIVES
 from qstar.whole_file import write_whole
 from tasks.every import TASKS
 
@@ -33,7 +34,7 @@ MARKDOWN = "ablations.md"
 
 
 class Change(NamedTuple):
-    """A setting at another value than in ``paper``, as settings of thoughts and of training."""
+    """A setting at another value than that of the preset, as settings of thoughts and of training."""
 
     factor: str
     value: str
@@ -46,17 +47,20 @@ class Change(NamedTuple):
         return f"{self.factor} {self.value}".strip().replace(",", "").replace(" ", "-")
 
 
-def changes(rung: str) -> list[Change]:
-    """What is tried on a rung, the default first."""
+def changes(rung: str, preset: str) -> list[Change]:
+    """What is tried on a rung: the variant of the ladder as it is, and each change of it."""
     tokens = TASKS[rung].thought_tokens
-    found = [Change(DEFAULT, "", {}, {})]
-    found += [Change("baseline", value, {}, dict(baseline=value)) for value in ("leave_one_out", "base")]
+    clamped, signed = dict(signed_advantages=False), dict(signed_advantages=True)
+    found = [Change("baseline", value, {}, dict(baseline=value)) for value in ("mean", "leave_one_out", "base")]
     found += [
-        Change("advantages", "signed", {}, dict(signed_advantages=True)),
-        Change("reinforce temperature", "1", {}, dict(reinforce_temperature=1.0)),
-        Change("advantages", "signed, temperature 1", {}, dict(signed_advantages=True, reinforce_temperature=1.0)),
+        Change("advantages", "clamped", {}, clamped),
+        Change("advantages", "signed", {}, signed),
+        *(Change("reinforce temperature", f"{value:g}", {}, dict(reinforce_temperature=value)) for value in (1.0, 3.0)),
+        Change("advantages", "clamped, temperature 3", {}, clamped | dict(reinforce_temperature=3.0)),
+        Change("advantages", "signed, temperature 1", {}, signed | dict(reinforce_temperature=1.0)),
     ]
-    found += [Change("policy weight", f"{value:g}", {}, dict(policy_weight=value)) for value in (0.0, 1.0, 10.0, 100.0)]
+    weights = (0.0, 1.0, 10.0, 30.0, 100.0)
+    found += [Change("policy weight", f"{value:g}", {}, dict(policy_weight=value)) for value in weights]
     found += [
         Change("mixing weight", "sigmoid", dict(sigmoid=True), {}),
         Change("mixing weight", "always 1", dict(mixing_head=False), dict(mixing_head_lr_factor=1.0)),
@@ -69,25 +73,26 @@ def changes(rung: str) -> list[Change]:
     found += [Change("ahead tokens", str(value), dict(ahead_tokens=value), {}) for value in (2, 4)]
     found += [Change("entropy weight", f"{value:g}", {}, dict(entropy_weight=value)) for value in (0.01, 0.1)]
     found += [Change("positions per row", str(value), {}, dict(positions_per_row=value)) for value in (12, 24)]
-    return found
+    unchanged = (OBJECTIVES[preset] | VARIANTS[preset]).items()
+    return [Change(DEFAULT, "", {}, {}), *(each for each in found if not each.training.items() & unchanged)]
 
 
 def jobs(given: argparse.Namespace) -> list[Job]:
     """A job for each change and seed; what the flags set is the same for all, but for the change."""
     make = partial(Job, task=given.rung, kind=THINK, split=given.split, problems=given.problems)
-    common = PRESETS["paper"] | dict(given.set)
+    common = VARIANTS[given.preset] | dict(given.set)
     return [
         make(seed=seed, name=change.name, thoughts=change.thoughts, training=common | change.training)
         for seed in given.seeds
-        for change in changes(given.rung)
+        for change in changes(given.rung, given.preset)
     ]
 
 
-def table(rung: str, folder: Path, seeds: Sequence[int]) -> str:
+def table(rung: str, preset: str, folder: Path, seeds: Sequence[int]) -> str:
     """What each change comes to: means over the seeds that have a result, with 95 % intervals over seeds."""
     header = ["setting", "value", "accuracy", "log-likelihood", "workings", "thought entropy", "seconds", "seeds"]
     rows = []
-    for change in changes(rung):
+    for change in changes(rung, preset):
         paths = [result_path(folder, seed, change.name) for seed in seeds]
         found = [read_json(path) for path in paths if path.is_file()]
         if not found:
@@ -111,7 +116,7 @@ def table(rung: str, folder: Path, seeds: Sequence[int]) -> str:
     return markdown_table(header, rows)
 
 
-def summarize(folder: Path) -> str:
+def summarize(folder: Path, preset: str) -> str:
     """Write ``ablations.md`` from the results in ``folder``; its text.
 
     Raises:
@@ -120,7 +125,7 @@ def summarize(folder: Path) -> str:
     seeds = {
         rung: sorted(int(path.name.partition("-")[2]) for path in (folder / rung).glob("seed-*")) for rung in TASKS
     }
-    found = {rung: table(rung, folder / rung, known) for rung, known in seeds.items() if known}
+    found = {rung: table(rung, preset, folder / rung, known) for rung, known in seeds.items() if known}
     if not found:
         raise FileNotFoundError(f"{folder} holds no results: run a rung first")
     about = (
@@ -132,10 +137,19 @@ def summarize(folder: Path) -> str:
     return text
 
 
+def parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    flags = job_flags(__doc__, seeds=SEEDS, folder="runs/ablations")
+    flags.add_argument("--preset", choices=list(VARIANTS), default="rlp", help="the variant that is changed")
+    return flags
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
-    flags = job_flags(__doc__, seeds=SEEDS, folder="runs/ablations")
-    return run(flags, flags.parse_args(arguments), jobs, summarize)
+    flags = parser()
+    given = flags.parse_args(arguments)
+    given.output_dir /= given.preset
+    return run(flags, given, jobs, partial(summarize, preset=given.preset))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tasks.task import Problem, Task
 CLOSE = ":"
 WORDS = (QUESTION, EQUALS, WORKING, CLOSE, *NUMBERS)
 FEWEST, MOST = 3, 8  # digits of the second rung
-PRETRAINING = PretrainSettings(check_steps=25, goal=0.5)
+PRETRAINING = PretrainSettings(goal=0.5)
 
 
 def sums_of(lengths: range) -> Callable[[random.Random], Problem]:

@@ -89,6 +89,17 @@ STORIES_TASK = Task(
     marker="count",
     close="so",
     thought_tokens=2 * len(LINKS) + 1,
-    pretraining=PretrainSettings(check_steps=25, goal=0.5, max_steps=2400),
+    pretraining=PretrainSettings(  # 2.5 million parameters
+        width=256,
+        layers=4,
+        heads=8,
+        key_value_heads=4,
+        intermediate=512,
+        init_std=0.0625,
+        batch_size=64,
+        learning_rate=1.5e-3,
+        goal=0.5,
+        max_steps=2400,
+    ),
     training=dict(seq_length=80, per_device_train_batch_size=8, max_steps=300),
 )

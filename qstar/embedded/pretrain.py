@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qstar.embedded.task import Problems, build_tokenizer, documents, problems
+from qstar_kernels import faster_linear
 
 RECORD_FILE = "pretraining.json"
 Corpus: TypeAlias = Callable[[int, int], list[str]]  # so many documents, of a seed
@@ -53,7 +54,7 @@ class PretrainSettings:
     weight_decay: float = 0.01
     warmup_steps: int = 50
     max_steps: int = 1600
-    check_steps: int = 50
+    check_steps: int = 25
     goal: float = 0.99
     tried: int = 512
 
@@ -150,7 +151,9 @@ def pretrain(
                 if ability.reaches(settings.goal) or step == settings.max_steps:
                     return model, step, ability
             # Each step's documents have a seed of their own, above the small ones that others choose for a corpus.
-            loss = model(**_batch(tokenizer, corpus(settings.batch_size, ((seed + 1) << 32) + step))).loss
+            batch = _batch(tokenizer, corpus(settings.batch_size, ((seed + 1) << 32) + step))
+            with faster_linear(torch.empty(*batch["input_ids"].shape, settings.width)):
+                loss = model(**batch).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -162,34 +165,34 @@ def pretrain(
 
 @torch.no_grad()
 def measure_ability(model: LlamaForCausalLM, asked: Problems) -> Ability:
-    """Try ``model`` on problems; it is left in ``eval()``."""
+    """Try ``model`` on problems; it is left in ``eval()``.
+
+    One pass reads the right workings: greedy decoding writes one exactly where each of its tokens is the most probable
+    one behind those before it.
+    """
     model.eval()
     prompts, workings = torch.tensor(asked.prompts), torch.tensor(asked.workings)
     answers, choices = torch.tensor(asked.answers), torch.tensor(asked.choices)
     marker = torch.full((len(prompts), 1), asked.marker)
     equals = torch.full((len(prompts), 1), asked.equals)
-
-    def next_scores(*parts: Tensor) -> Tensor:
-        return model(torch.cat(parts, 1), logits_to_keep=1).logits[:, -1]
-
-    written = marker
-    for _ in range(workings.shape[1]):
-        written = torch.cat([written, next_scores(prompts, written).argmax(-1, keepdim=True)], 1)
-    after = next_scores(prompts, marker, workings, equals).argmax(-1)
-    alone = choices[next_scores(prompts)[:, choices].argmax(-1)]
+    opened = prompts.shape[1]  # where the marker stands
+    logits = model(torch.cat([prompts, marker, workings, equals], 1)).logits
+    alone = choices[logits[:, opened - 1, choices].argmax(-1)]
+    written = logits[:, opened : opened + workings.shape[1]].argmax(-1)
+    after = logits[:, -1].argmax(-1)
     return Ability(
-        working=(written[:, 1:] == workings).all(1).float().mean().item(),
+        working=(written == workings).all(1).float().mean().item(),
         answer_after_working=(after == answers).float().mean().item(),
         answer_alone=(alone == answers).float().mean().item(),
     )
 
 
 def _batch(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, Tensor]:
-    """Documents, one a row: input ids, attention mask and labels ``[B, S]``, padding left out of the labels."""
+    """Documents, one a row: input ids and labels ``[B, S]``, the padding behind a document left out of the labels."""
     texts = [text + tokenizer.eos_token for text in texts]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    return dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
+    return dict(input_ids=batch["input_ids"], labels=labels)  # no mask: text does not see what stands behind it
 
 
 def decoder_config(tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings) -> LlamaConfig:

@@ -33,7 +33,7 @@ def tiny(tmp_path_factory, monkeypatch):
 
 
 def asked(*flags):
-    return ablations.jobs(ablations.job_flags("", seeds=(0,), folder="").parse_args(["digits", *flags]))
+    return ablations.jobs(ablations.parser().parse_args(["digits", *flags]))
 
 
 def differences(one, other):
@@ -46,12 +46,20 @@ def differences(one, other):
     }
 
 
-def test_a_change_is_of_one_setting():
-    default, *others = asked("--seeds", "0")
-    assert default.name == "default" and default.training == ladder.PRESETS["paper"]
+OTHER_RULE = {
+    "paper": ("advantages-signed-temperature-1", dict(signed_advantages=True, reinforce_temperature=1.0)),
+    "rlp": ("advantages-clamped-temperature-3", dict(signed_advantages=False, reinforce_temperature=3.0)),
+}
+
+
+@pytest.mark.parametrize("preset", ladder.PRESETS)
+def test_a_change_is_of_one_setting(preset):
+    default, *others = asked("--seeds", "0", "--preset", preset)
+    assert default.name == "default" and default.training == ladder.PRESETS[preset]
     changed = {each.name: differences(each, default) for each in others}
     assert len(changed) == len(others)
-    assert changed.pop("advantages-signed-temperature-1") == dict(signed_advantages=True, reinforce_temperature=1.0)
+    name, values = OTHER_RULE[preset]
+    assert changed.pop(name) == values
     assert changed.pop("mixing-weight-always-1") == dict(mixing_head=False, mixing_head_lr_factor=1.0)
     assert changed.pop("start-and-end-tokens-mean-of-the-vocabulary") == dict(start_init=None, end_init=None)
     assert all(len(each) == 1 for each in changed.values()), changed
@@ -60,25 +68,38 @@ def test_a_change_is_of_one_setting():
     assert changed["mixing-weight-sigmoid"] == dict(sigmoid=True)
 
 
+@pytest.mark.parametrize(
+    ("preset", "own", "others"),
+    [
+        ("paper", ["baseline-mean", "advantages-clamped"], ["baseline-leave_one_out", "advantages-signed"]),
+        ("rlp", ["baseline-leave_one_out", "advantages-signed"], ["baseline-mean", "advantages-clamped"]),
+    ],
+)
+def test_what_a_preset_is_already_is_no_change(preset, own, others):
+    names = {each.name for each in asked("--preset", preset)}
+    assert names.isdisjoint([*own, "policy-weight-30"]) and names.issuperset(others)
+
+
 def test_flags_set_what_is_the_same_for_all_but_for_the_change():
-    found = {each.name: each.training for each in asked("--seeds", "0", "--set", "policy_weight=3", "optim=sgd")}
+    flags = ["--preset", "paper", "--seeds", "0", "--set", "policy_weight=3", "optim=sgd"]
+    found = {each.name: each.training for each in asked(*flags)}
     assert found["default"] == dict(policy_weight=3, optim="sgd")
     assert found["policy-weight-10"] == dict(policy_weight=10.0, optim="sgd")
 
 
 def test_the_command_leaves_a_table(tmp_path, monkeypatch, capsys):
-    some = [each for each in ablations.changes("digits") if each.factor in ("default", "mixing weight")]
-    monkeypatch.setattr(ablations, "changes", lambda rung: some)
+    some = [each for each in ablations.changes("digits", "rlp") if each.factor in ("default", "mixing weight")]
+    monkeypatch.setattr(ablations, "changes", lambda rung, preset: some)
     flags = ["digits", "--seeds", "0", "--problems", "8"]
     flags += ["--set", "max_steps=1", "per_device_train_batch_size=2", "logging_steps=1"]
     assert ablations.main([*flags, "--output-dir", str(tmp_path)]) == 0
     assert ablations.main(["--summarize", "--output-dir", str(tmp_path)]) == 0
-    found = json.loads(result_path(tmp_path / "digits", 0, "mixing-weight-sigmoid").read_text())
+    found = json.loads(result_path(tmp_path / "rlp" / "digits", 0, "mixing-weight-sigmoid").read_text())
     assert found["settings"]["thoughts"]["sigmoid"] is True
     row = found["result"]["rows"][OWN_THOUGHTS]
     right, log = 100 * row["right"].count("1") / 8, sum(row["log_prob"]) / 8
     entropy = found["result"]["log"][-1]["thought_entropy"]
-    text = (tmp_path / "ablations.md").read_text()
+    text = (tmp_path / "rlp" / "ablations.md").read_text()
     assert f"| mixing weight | sigmoid | {right:.1f} | {log:.3f} | 0.0 | {entropy:.2f} |" in text
     assert text in capsys.readouterr().out
     assert ablations.main(["--summarize", "--output-dir", str(tmp_path / "digits")]) == 1

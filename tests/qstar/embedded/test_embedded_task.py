@@ -144,22 +144,39 @@ def test_a_model_that_reaches_the_goal_stops_without_a_warning(tmp_path):
     assert json.loads((folder / RECORD_FILE).read_text())["steps"] == 0
 
 
+class Oracle:
+    """A stand-in that reads the digits and continues a document as the task defines it, but for ``mistakes``.
+
+    Args:
+        tokenizer: of the task.
+        mistakes: for each problem that is not continued rightly the place of one wrong token.
+    """
+
+    def __init__(self, tokenizer, mistakes=()):
+        self.size, self.zero, self.mistakes = len(tokenizer), tokenizer.convert_tokens_to_ids("0"), dict(mistakes)
+
+    def eval(self):
+        return self
+
+    def __call__(self, ids):
+        sums = (ids[:, 1 : 1 + DIGITS] - self.zero).cumsum(1) % MODULUS
+        following = sums[:, -1:].repeat(1, ids.shape[1])
+        marker = DIGITS + 2
+        following[:, marker : marker + DIGITS] = sums
+        for problem, place in self.mistakes.items():
+            following[problem, place] = (following[problem, place] + 1) % MODULUS
+        return type("Output", (), dict(logits=torch.nn.functional.one_hot(following + self.zero, self.size).float()))
+
+
 def test_ability_scores_a_model_that_knows_everything():
-    """A stand-in that reads the digits and continues a document as the task defines it."""
     tokenizer = build_tokenizer()
-    zero = tokenizer.convert_tokens_to_ids("0")
-    asked = problems(50, 0, tokenizer)
+    assert measure_ability(Oracle(tokenizer), problems(50, 0, tokenizer)) == Ability(1.0, 1.0, 1.0)
 
-    class Oracle:
-        def eval(self):
-            return self
 
-        def __call__(self, ids, logits_to_keep):
-            assert logits_to_keep == 1
-            sums = (ids[:, 1 : 1 + DIGITS] - zero).cumsum(1) % MODULUS
-            written = ids.shape[1] - (DIGITS + 3)
-            following = sums[:, written] if 0 <= written < DIGITS else sums[:, -1]
-            logits = torch.nn.functional.one_hot(following + zero, len(tokenizer))[:, None].float()
-            return type("Output", (), dict(logits=logits))
-
-    assert measure_ability(Oracle(), asked) == Ability(1.0, 1.0, 1.0)
+def test_ability_is_lowered_by_each_kind_of_mistake():
+    tokenizer = build_tokenizer()
+    question, marker, end = DIGITS + 1, DIGITS + 2, 2 * DIGITS + 3
+    mistakes = {0: question, 1: question, 2: question, 3: marker, 4: marker + DIGITS - 1, 5: end, 6: end - 1}
+    found = measure_ability(Oracle(tokenizer, mistakes), problems(10, 0, tokenizer))
+    assert found.answer_alone == pytest.approx(0.7) and found.working == pytest.approx(0.8)
+    assert found.answer_after_working == pytest.approx(0.9), "what follows the last token of a working is not asked"
