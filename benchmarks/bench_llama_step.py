@@ -25,10 +25,9 @@ from bench_training_step import check_agreement, useful_flops
 from lab.device_limits import Limits
 from lab.ranges import seconds_by_range
 from lab.results_file import Job, Peer, measure_peers, parse_options, run, this_device
-from masked_path import masked_objective
+from masked_path import SAME, masked_objective
 from qstar.config import QuietStarConfig
 from qstar.experimental import cuda_graph
-from qstar.learning import Objective
 from qstar.wrapping import attach
 
 THOUGHT_TOKENS, AHEAD_TOKENS, RATIONALES = 8, 4, 2
@@ -128,7 +127,7 @@ class Step:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
             if path == "step_by_step":
                 return masked_objective(self.model, self.tokens)
-            return Objective()(self.model, self.tokens).loss
+            return SAME(self.model, self.tokens).loss
 
     def prepare(self, path: str) -> Callable[[], Tensor]:
         def call() -> Tensor:

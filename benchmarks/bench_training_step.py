@@ -12,6 +12,7 @@ import argparse
 import multiprocessing
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from masked_path import masked_objective
+from masked_path import SAME, masked_objective
 from qstar.config import QuietStarConfig
 from qstar.cpu import keep_freed_memory
 from qstar.learning import Objective
@@ -65,7 +66,7 @@ def texts(length: int) -> Tensor:
 
 def our_step(model: PreTrainedModel, tokens: Tensor) -> None:
     model.zero_grad(set_to_none=True)
-    Objective()(model, tokens).loss.backward()
+    SAME(model, tokens).loss.backward()
 
 
 def masked_step(model: PreTrainedModel, tokens: Tensor) -> None:
@@ -140,7 +141,7 @@ def in_turn(length: int, rounds: int, **changes: int) -> list[tuple[float, ...]]
 def by_positions(length: int, counts: list[int], rounds: int) -> list[tuple[float, ...]]:
     """Seconds of our step with thoughts at all positions of a row and at ``counts`` of them, taken in turn."""
     model, tokens = make_model("qstar"), texts(length)
-    objectives = [Objective(positions_per_row=count) for count in (None, *counts)]
+    objectives = [replace(SAME, positions_per_row=count) for count in (None, *counts)]
 
     def step(objective: Objective) -> None:
         model.zero_grad(set_to_none=True)
@@ -157,7 +158,7 @@ def check_agreement() -> None:
     thoughts = torch.randint(4094, (1, 12, RATIONALES, THOUGHT_TOKENS), generator=torch.Generator().manual_seed(1))
     ours, masked = make_model("qstar"), make_model("sdpa")
     loss, expected = (
-        Objective()(ours, tokens, thoughts=thoughts).loss,
+        SAME(ours, tokens, thoughts=thoughts).loss,
         masked_objective(masked, tokens, thoughts=thoughts),
     )
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)

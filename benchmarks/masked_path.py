@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from qstar.learning import advantages
+from qstar.learning import PAPER, Objective, advantages
+
+SAME = Objective(**PAPER, policy_weight=1.0)  # what ours is told to compute beside it
 
 
 def visible(positions: int, passes: int, device: torch.device) -> Tensor:
@@ -24,8 +26,8 @@ def masked_objective(
     model: PreTrainedModel,
     tokens: Tensor,
     *,
-    beta: float = 1.0,
-    tau: float = 3.0,
+    beta: float = SAME.policy_weight,
+    tau: float = SAME.reinforce_temperature,
     seed: int = 0,
     thoughts: Tensor | None = None,
 ) -> Tensor:

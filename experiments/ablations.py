@@ -3,8 +3,8 @@
     python experiments/ablations.py [digits|steps|stories] [--preset rlp|paper] [--seeds 0 1 2] [--processes 2]
     python experiments/ablations.py --summarize [--preset rlp|paper]
 
-Each value of each seed is a file in ``OUTPUT_DIR/PRESET/RUNG/seed-S/``, by default in ``runs/ablations``; a run that was
-stopped goes on with what has none. ``--summarize`` writes ``ablations.md`` from those files.
+Each value of each seed is a file in ``OUTPUT_DIR/PRESET/RUNG/seed-S/``; a run that was stopped goes on with what has
+none. ``--summarize`` writes ``ablations.md`` from those files.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from common.markdown import markdown_table, with_interval
 from common.seeds import over_seeds
 from ladder import PRESETS as VARIANTS
 from qstar.training.settings import PRESETS as OBJECTIVES
+from qstar.training.settings import QuietStarArguments
 from qstar.whole_file import write_whole
 from tasks.every import TASKS
 
@@ -73,7 +74,7 @@ def changes(rung: str, preset: str) -> list[Change]:
     found += [Change("ahead tokens", str(value), dict(ahead_tokens=value), {}) for value in (2, 4)]
     found += [Change("entropy weight", f"{value:g}", {}, dict(entropy_weight=value)) for value in (0.01, 0.1)]
     found += [Change("positions per row", str(value), {}, dict(positions_per_row=value)) for value in (12, 24)]
-    unchanged = (OBJECTIVES[preset] | VARIANTS[preset]).items()
+    unchanged = (dict(policy_weight=QuietStarArguments.policy_weight) | OBJECTIVES[preset] | VARIANTS[preset]).items()
     return [Change(DEFAULT, "", {}, {}), *(each for each in found if not each.training.items() & unchanged)]
 
 

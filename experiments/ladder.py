@@ -24,8 +24,8 @@ from qstar.training.curves import can_draw
 
 SEEDS = (0, 1, 2, 3, 4)
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": dict(policy_weight=30.0),
-    "rlp": dict(policy_weight=30.0, preset="rlp"),
+    "paper": dict(preset="paper", policy_weight=30.0),
+    "rlp": dict(preset="rlp"),
 }
 
 

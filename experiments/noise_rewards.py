@@ -30,7 +30,7 @@ from common.results import result_of
 from common.seeds import over_seeds
 from qstar.cpu import keep_freed_memory, one_thread
 from qstar.grid import ThoughtGrid
-from qstar.learning import Objective, advantages
+from qstar.learning import PAPER, Objective, advantages
 from qstar.model import QuietStarModel
 from qstar.talking import Talk
 from qstar.training.curves import can_draw
@@ -43,10 +43,10 @@ UPDATES, EVERY = 500, 10
 ROWS = 16  # documents in an update
 LEARNING_RATE = 3e-4
 RULES: dict[str, dict[str, Any]] = {
-    "clamped, temperature 3 (paper)": dict(),
-    "clamped, temperature 1": dict(reinforce_temperature=1.0),
-    "signed, temperature 3": dict(signed=True),
-    "signed, temperature 1": dict(signed=True, reinforce_temperature=1.0),
+    "clamped, temperature 3 (paper)": PAPER,
+    "clamped, temperature 1": PAPER | dict(reinforce_temperature=1.0),
+    "signed, temperature 3": PAPER | dict(signed=True),
+    "signed, temperature 1": PAPER | dict(signed=True, reinforce_temperature=1.0),
     "signed, leave-one-out, temperature 1 (rlp)": dict(
         signed=True, reinforce_temperature=1.0, baseline="leave_one_out"
     ),

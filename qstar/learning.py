@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from qstar.thinking import choose_positions, think
 
 UNSET = cast(Tensor, None)  # ModelOutput wants None as the default of its fields
 BASELINES = ("mean", "leave_one_out", "base")
+PAPER: dict[str, Any] = dict(baseline="mean", signed=False, reinforce_temperature=3.0)  # its rule for the reward
 
 
 @dataclass
@@ -151,6 +152,8 @@ class Thinker:
 class Objective(Thinker):
     """Quiet-STaR's training objective; calling it thinks, talks and returns the losses (paper, sections 4.2 to 4.4).
 
+    By default thoughts are rewarded by an unbiased policy gradient; ``Objective(**PAPER)`` has the paper's rule.
+
     ``loss = likelihood_weight * likelihood_loss + policy_weight * policy_loss - entropy_weight * policy_entropy``
 
     With ``positions_per_row`` the likelihood is over all text without thoughts, and over the text ahead of the chosen
@@ -163,15 +166,15 @@ class Objective(Thinker):
             paper has none.
         reinforce_temperature: the log-probabilities of sampled tokens are taken at.
         baseline: what a thought is compared with, one of ``mean``, ``leave_one_out``, ``base``.
-        signed: learn from thoughts that did worse as well; by default only from those that did better.
+        signed: learn from thoughts that did worse as well, not only from those that did better.
     """
 
-    policy_weight: float = 1.0
+    policy_weight: float = 10.0
     likelihood_weight: float = 1.0
     entropy_weight: float = 0.0
-    reinforce_temperature: float = 3.0
-    baseline: str = "mean"
-    signed: bool = False
+    reinforce_temperature: float = 1.0
+    baseline: str = "leave_one_out"
+    signed: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

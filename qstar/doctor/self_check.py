@@ -154,11 +154,18 @@ def check_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 def check_learning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Take the loss and the gradient of a text, and compare them with those of plain loops over the same thoughts."""
     tokens = tokenizer(PROMPT, return_tensors="pt")["input_ids"].to(model.device)
-    output = model(input_ids=tokens, objective=Objective(seed=0))
+    objective = Objective(seed=0)
+    output = model(input_ids=tokens, objective=objective)
     ours = [output.loss, *gradients(model, output.loss)]
     model.set_attn_implementation("eager")  # so that nothing of ours is in the plain loops
     plain = reference.objective(
-        cast(QuietStarModel, model), tokens[0], output.thoughts[0], policy_weight=1.0, reinforce_temperature=3.0
+        cast(QuietStarModel, model),
+        tokens[0],
+        output.thoughts[0],
+        policy_weight=objective.policy_weight,
+        reinforce_temperature=objective.reinforce_temperature,
+        baseline=objective.baseline,
+        signed=objective.signed,
     )
     error = worst_error(ours, [plain["loss"], *gradients(model, plain["loss"])])
     if not error <= EXACT:

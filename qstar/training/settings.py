@@ -83,7 +83,7 @@ class RunSettings:
 
 @dataclass
 class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
-    """transformers' ``TrainingArguments``, with the paper's values as defaults and the settings of Quiet-STaR."""
+    """transformers' ``TrainingArguments``, with the paper's values as defaults, and the settings of Quiet-STaR."""
 
     output_dir: str | None = setting("runs/quiet-star", "Folder for the model, the metrics and the checkpoints.")
     learning_rate: float = setting(1e-6, "Learning rate of the base model.")
@@ -104,11 +104,11 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
         "JSON, or the name of a .json file. The schedule of the learning rate is over the steps of each stage.",
     )
     policy_weight: float = setting(
-        1.0,
+        10.0,
         "beta: weight of the REINFORCE loss. With the 1e6 of the authors' code the gradient clip throttles all else.",
     )
     preset: str = setting(
-        "paper",
+        "rlp",
         "What the settings of the objective are that are not given. paper: the rule of Quiet-STaR, advantages over the "
         "mean of the thoughts at a position, those below it left out, and log-probabilities at temperature 3. rlp: "
         "the policy gradient of RLP, advantages over the mean of the other thoughts, with their sign, and temperature "
@@ -125,19 +125,19 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
     thought_temperature: float = setting(1.0, "Thoughts are sampled at this temperature.")
     reinforce_temperature: float | None = setting(
         None,
-        "Log-probabilities of sampled tokens are taken at this temperature. As preset says if not given: 3, or 1 of "
-        "rlp.",
+        "Log-probabilities of sampled tokens are taken at this temperature. As preset says if not given: 1, or 3 of "
+        "paper.",
     )
     baseline: str | None = setting(
         None,
         "What a thought is compared with: the mean of the thoughts at its position, that of the others, or base, no "
-        "thought, which a single thought always is. As preset says if not given: mean, or leave_one_out of rlp.",
+        "thought, which a single thought always is. As preset says if not given: leave_one_out, or mean of paper.",
         choices=list(BASELINES),
     )
     signed_advantages: bool | None = setting(
         None,
-        "Learn from thoughts that did worse than the baseline as well. As preset says if not given: False, or True of "
-        "rlp.",
+        "Learn from thoughts that did worse than the baseline as well. As preset says if not given: True, or False of "
+        "paper.",
         nargs="?",
         const=True,
     )

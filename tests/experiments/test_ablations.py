@@ -17,6 +17,7 @@ from common.answers import OWN_THOUGHTS
 from common.jobs import result_path
 from common.seeds import over_seeds
 from qstar.embedded.pretrain import PretrainSettings
+from qstar.learning import PAPER
 from qstar.wrapping import wrap
 from tasks.every import TASKS
 
@@ -63,7 +64,7 @@ def test_a_change_is_of_one_setting(preset):
     assert changed.pop("mixing-weight-always-1") == dict(mixing_head=False, mixing_head_lr_factor=1.0)
     assert changed.pop("start-and-end-tokens-mean-of-the-vocabulary") == dict(start_init=None, end_init=None)
     assert all(len(each) == 1 for each in changed.values()), changed
-    assert changed["policy-weight-10"] == dict(policy_weight=10.0)
+    assert changed["policy-weight-100"] == dict(policy_weight=100.0)
     assert changed["thought-tokens-8"] == dict(thought_tokens=8)
     assert changed["mixing-weight-sigmoid"] == dict(sigmoid=True)
 
@@ -71,13 +72,13 @@ def test_a_change_is_of_one_setting(preset):
 @pytest.mark.parametrize(
     ("preset", "own", "others"),
     [
-        ("paper", ["baseline-mean", "advantages-clamped"], ["baseline-leave_one_out", "advantages-signed"]),
-        ("rlp", ["baseline-leave_one_out", "advantages-signed"], ["baseline-mean", "advantages-clamped"]),
+        ("paper", ["baseline-mean", "advantages-clamped", "policy-weight-30"], ["advantages-signed"]),
+        ("rlp", ["baseline-leave_one_out", "advantages-signed", "policy-weight-10"], ["advantages-clamped"]),
     ],
 )
 def test_what_a_preset_is_already_is_no_change(preset, own, others):
     names = {each.name for each in asked("--preset", preset)}
-    assert names.isdisjoint([*own, "policy-weight-30"]) and names.issuperset(others)
+    assert names.isdisjoint(own) and names.issuperset(others)
 
 
 def test_flags_set_what_is_the_same_for_all_but_for_the_change():
@@ -113,7 +114,7 @@ def test_noise_is_what_thoughts_are_rewarded_with():
     with torch.no_grad():
         model.lm_head.weight.zero_()
     tokens = torch.tensor([tokenizer(text)["input_ids"] for text in task.answered(4, 0)])
-    objective = noise_rewards.NoiseObjective(seed=5, signed=True, reinforce_temperature=1.0)
+    objective = noise_rewards.NoiseObjective(seed=5, baseline="mean")
     output = model(input_ids=tokens, objective=objective)
     words = len(tokenizer) - 2  # the two tokens of thoughts are never drawn
     assert objective.entropies == [pytest.approx(math.log(words), rel=1e-5)]
@@ -123,7 +124,7 @@ def test_noise_is_what_thoughts_are_rewarded_with():
     # All words are as probable: the loss is the mean advantage times log V, and signed advantages have the mean 0.
     assert output.policy_loss.item() == pytest.approx(0.0, abs=1e-6)
     assert output.rewarded.item() == 1.0
-    clamped = model(input_ids=tokens, objective=noise_rewards.NoiseObjective(seed=5))
+    clamped = model(input_ids=tokens, objective=noise_rewards.NoiseObjective(seed=5, **PAPER))
     expected = signed.clamp(min=0).mean().item() * math.log(words)
     assert clamped.policy_loss.item() == pytest.approx(expected, rel=1e-5)
 

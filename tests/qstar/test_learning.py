@@ -133,7 +133,7 @@ def test_the_entropy_of_parts_of_a_batch_adds_up_to_that_of_the_whole():
 def test_a_bonus_for_entropy_makes_thoughts_less_sure():
     model = tiny.thinking_model(thought_tokens=3, ahead_tokens=1)
     tokens = tiny.text(4, 9)
-    bonus = Objective(likelihood_weight=0.0, entropy_weight=1.0)
+    bonus = Objective(likelihood_weight=0.0, policy_weight=1.0, entropy_weight=1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     found = []
     for _ in range(5):

@@ -147,7 +147,7 @@ def test_several_documents_in_a_row_are_evaluated_as_they_are_inspected():
 def test_thoughts_and_their_numbers_are_those_of_the_objective_for_the_same_seed():
     model, tokens = model_of(rationales=3), row(text=TEXTS[2])
     found = qstar.inspect(model, tiny.tokenizer(), TEXTS[2], seed=11, controls=False)
-    output = Objective(seed=11, signed=True, reinforce_temperature=1.0)(model, tokens[None])
+    output = Objective(seed=11, baseline="mean")(model, tokens[None])
     positions = found.documents[0].positions
     assert [[each.token_ids for each in position.rationales] for position in positions] == output.thoughts[
         0, :-1

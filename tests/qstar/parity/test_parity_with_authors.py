@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from qstar import Objective, wrap
+from qstar.learning import PAPER
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 POLICY_WEIGHTS = ("1e+06", "1", "0")
@@ -163,7 +164,7 @@ def test_the_formula_gives_the_weights_that_the_authors_code_had():
 def test_losses_rewards_and_gradients_are_those_of_the_authors_code(dtype, rules, padding, policy_weight):
     key = f"{'ours' if rules is OurRules else 'theirs'}/{padding}"
     expected = authors()[key] | authors()[f"{key}/{policy_weight}"]
-    weights = dict(policy_weight=float(policy_weight), reinforce_temperature=case.REINFORCE_TEMPERATURE)
+    weights = PAPER | dict(policy_weight=float(policy_weight), reinforce_temperature=case.REINFORCE_TEMPERATURE)
     found = compute(rules(**weights), padding, dtype)
 
     gradients, expected_gradients = found.pop("gradients"), expected.pop("gradients")

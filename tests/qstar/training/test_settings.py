@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 
 from qstar import Objective, train
+from qstar.learning import PAPER
 from qstar.training.prepare import split_settings
 from qstar.training.settings import IGNORED_ARGUMENTS, OF_PRESET, PRESETS, QuietStarArguments
 from qstar.training.trainer import IGNORED_HOOKS, QuietStarTrainer
@@ -109,12 +110,13 @@ def test_the_objective_is_what_the_settings_say(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (dict(), ("mean", False, 3.0, 1.0)),
+        (dict(), ("leave_one_out", True, 1.0, 1.0)),
         (dict(preset="paper"), ("mean", False, 3.0, 1.0)),
         (dict(preset="rlp"), ("leave_one_out", True, 1.0, 1.0)),
         (dict(preset="rlp", likelihood_weight=0.0), ("leave_one_out", True, 1.0, 0.0)),
         (dict(preset="rlp", signed_advantages=False, baseline="base"), ("base", False, 1.0, 1.0)),
-        (dict(reinforce_temperature=1.0), ("mean", False, 1.0, 1.0)),
+        (dict(reinforce_temperature=2.0), ("leave_one_out", True, 2.0, 1.0)),
+        (dict(preset="paper", reinforce_temperature=1.0), ("mean", False, 1.0, 1.0)),
     ],
 )
 def test_a_preset_gives_what_is_not_given(settings, expected, tmp_path):
@@ -126,9 +128,11 @@ def test_a_preset_gives_what_is_not_given(settings, expected, tmp_path):
     assert tuple(shown[name] for name in OF_PRESET) == (expected[3], expected[0], expected[1], expected[2])
 
 
-def test_the_default_is_the_papers_objective(tmp_path):
-    args = QuietStarArguments(str(tmp_path), use_cpu=True, report_to="none", max_grid_tokens=0)
-    assert args.objective() == Objective()
+def test_defaults_and_the_papers_rule_are_those_of_the_objective(tmp_path):
+    common = dict(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_grid_tokens=0)
+    assert QuietStarArguments(**common).objective() == QuietStarArguments(**common, preset="rlp").objective()
+    assert QuietStarArguments(**common).objective() == Objective()
+    assert QuietStarArguments(**common, preset="paper").objective() == Objective(**PAPER)
     assert all(preset.keys() == set(OF_PRESET) for preset in PRESETS.values())
 
 
