@@ -1,12 +1,13 @@
 """What an objective does to thoughts that are rewarded by chance: nothing is to be learned, so nothing should change.
 
-    python experiments/noise_rewards.py [--updates 500] [--seeds 0 1 2] [--output-dir runs/noise]
+    python experiments/noise_rewards.py [--updates 500] [--learning-rate 3e-5] [--seeds 0 1 2] [--output-dir runs/noise]
 
 The decoder of the first rung thinks about its text. Instead of the log-probability of what follows, every thought gets
 a number from the normal distribution; the rest of the objective, from the baseline to the gradient, is that of
 training, and the text itself is not learned. What is followed is the entropy of the distribution that each token of a
-thought is drawn from. A rule that sharpens it here sharpens it whatever the rewards say. Writes ``noise.md``,
-``noise.json`` and, where matplotlib is there, ``noise.png``.
+thought is drawn from. A rule that sharpens it here sharpens it whatever the rewards say. A rule without a direction
+walks at random, by so much less the smaller the learning rate. Writes ``noise.md``, ``noise.json`` and, where
+matplotlib is there, ``noise.png``.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from tasks.every import TASKS
 
 UPDATES, EVERY = 500, 10
 ROWS = 16  # documents in an update
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 3e-5  # a tenth of what the decoder learns with
 RULES: dict[str, dict[str, Any]] = {
     "clamped, temperature 3 (paper)": PAPER,
     "clamped, temperature 1": PAPER | dict(reinforce_temperature=1.0),
@@ -81,7 +82,7 @@ class NoiseObjective(Objective):
 
 
 @one_thread()
-def entropies(rule: dict[str, Any], seed: int, updates: int) -> dict[str, Any]:
+def entropies(rule: dict[str, Any], seed: int, updates: int, rate: float) -> dict[str, Any]:
     """The entropy before every ``EVERY``-th update and after the last, nats."""
     keep_freed_memory()
     task = TASKS["digits"]
@@ -90,7 +91,7 @@ def entropies(rule: dict[str, Any], seed: int, updates: int) -> dict[str, Any]:
     model = wrap(decoder, tokenizer, start_init=task.marker, end_init=task.close, **sizes)
     texts = task.answered((updates + 1) * ROWS, seed)
     tokens = torch.tensor([tokenizer(text)["input_ids"] for text in texts])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     found: list[float] = []
     for update in range(updates + 1):
         objective = NoiseObjective(seed=(seed << 32) + update, **rule)
@@ -143,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--updates", type=int, default=UPDATES, metavar="N")
+    flags.add_argument("--learning-rate", type=float, default=LEARNING_RATE, metavar="RATE")
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S")
     flags.add_argument("--output-dir", type=Path, default=Path("runs/noise"), metavar="FOLDER")
     given = flags.parse_args(arguments)
@@ -151,11 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with alone_in(given.output_dir):
             for number, (name, rule) in enumerate(RULES.items()):
                 for seed in given.seeds:
-                    settings = dict(
-                        name=name, rule=rule, seed=seed, updates=given.updates, rows=ROWS, rate=LEARNING_RATE
-                    )
+                    how = dict(rule=rule, seed=seed, updates=given.updates, rate=given.learning_rate)
                     path = given.output_dir / f"seed-{seed}" / f"{number}.json"
-                    made = result_of(path, settings, partial(entropies, rule, seed, given.updates))
+                    made = result_of(path, dict(name=name, rows=ROWS) | how, partial(entropies, **how))
                     found.setdefault(name, []).append(made["result"]["entropy"])
                     print(
                         f"{name}, seed {seed}: {found[name][-1][0]:.3f} -> {found[name][-1][-1]:.3f} nats", flush=True
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     text = table(found)
     write_whole(given.output_dir / "noise.md", text + "\n")
-    write_json(given.output_dir / "noise.json", made_with() | dict(entropies=found))
+    write_json(given.output_dir / "noise.json", made_with() | dict(learning_rate=given.learning_rate, entropies=found))
     if can_draw():
         draw(found, given.updates, given.output_dir / "noise.png")
     print(text)

@@ -49,35 +49,40 @@ def plain_row(sizes: Sizes, length: int) -> int:
     return 3 * (length * (sizes.matrices + sizes.head) + pairs * sizes.attention)
 
 
-def thinking_row(model: QuietStarModel, length: int, *, scored: float = 0.5) -> int:
-    """Multiply-adds of learning a row of ``length`` tokens with thoughts at all of them: thinking, and one packed pass.
+def thinking_row(model: QuietStarModel, length: int, *, scored: float = 0.5, positions: int | None = None) -> int:
+    """Multiply-adds of learning a row of ``length`` tokens with thoughts: thinking, and one packed pass.
 
     Args:
         model: whose numbers of rationales and tokens are counted with; pauses need no thinking.
         length: N, of the text.
         scored: share of the thoughts whose tokens are scored for the policy: those whose advantage is not 0. With
             advantages that are clamped at 0 about one half, else all.
+        positions: of the row that are thought at, by chance, so that half of the text stands before one; all by default.
     """
     sizes, settings, grid = Sizes.of(model), model.qstar, model.grid(length)
-    pairs = length * (length + 1) // 2
-    own = length * settings.rationales * grid.rationale_length * (grid.rationale_length + 1) // 2
-    sampled = length * settings.rationales * settings.thought_tokens
-    talked = length * settings.rationales * settings.ahead_tokens
-    packed = length * grid.slots * sizes.matrices + (grid.slots * pairs + own) * sizes.attention
+    chosen = length if positions is None else min(positions, length)
+    pairs, before = length * (length + 1) // 2, chosen * (length + 1) // 2
+    own = chosen * settings.rationales * grid.rationale_length * (grid.rationale_length + 1) // 2
+    sampled = chosen * settings.rationales * settings.thought_tokens
+    talked = chosen * settings.rationales * settings.ahead_tokens
+    slots = grid.slots - 1  # of a position, beside that of the text
+    packed = (length + chosen * slots) * sizes.matrices + (pairs + slots * before + own) * sizes.attention
     policy = 0 if settings.pauses else round(scored * sampled)
     learned = 3 * (packed + talked * sizes.mixing + (length + talked + policy) * sizes.head)
     if settings.pauses:
         return learned
     steps = settings.rationales * settings.thought_tokens
-    among = length * settings.rationales * settings.thought_tokens * (settings.thought_tokens + 1) // 2
-    thinking = (length + sampled) * sizes.matrices + ((1 + steps) * pairs + among) * sizes.attention
+    among = chosen * settings.rationales * settings.thought_tokens * (settings.thought_tokens + 1) // 2
+    thinking = (length + sampled) * sizes.matrices + (pairs + steps * before + among) * sizes.attention
     return learned + thinking + sampled * sizes.head
 
 
-def equal_steps(model: QuietStarModel, *, steps: int, rows: int, plain_rows: int, length: int) -> int:
+def equal_steps(
+    model: QuietStarModel, *, steps: int, rows: int, plain_rows: int, length: int, positions: int | None = None
+) -> int:
     """Steps of plain training on ``plain_rows`` rows that cost at least as much as ``steps`` on ``rows`` with thoughts.
 
-    The row of ``length`` tokens is that of both.
+    The row of ``length`` tokens is that of both; thoughts are at ``positions`` of it, or at all.
     """
-    spent = steps * rows * thinking_row(model, length)
+    spent = steps * rows * thinking_row(model, length, positions=positions)
     return -(-spent // (plain_rows * plain_row(Sizes.of(model), length)))

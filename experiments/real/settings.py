@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qstar.config import setting, setting_names
+from qstar.training.settings import QuietStarArguments
 
 BASE = "base"  # the model as it was
 PLAIN, EQUAL_OPERATIONS = "plain", "plain-equal-operations"
@@ -34,7 +35,7 @@ class Variant:
 
 
 VARIANTS = {  # what takes longest first, so that processes side by side end together
-    "paper": Variant(),
+    "paper": Variant(training=dict(preset="paper")),
     "rlp": Variant(training=dict(preset="rlp")),
     EQUAL_OPERATIONS: Variant(thinks=False),
     "pause": Variant(thoughts=dict(pauses=True, rationales=1)),
@@ -60,6 +61,7 @@ class RealModelSettings:
         thought_embedding_lr_factor: that of the start and end embeddings.
         warmup_ratio: share of the steps over which the learning rate rises; it falls to 0 until the last.
         policy_weight: of the REINFORCE loss.
+        positions_per_row: text tokens of a row that thoughts are trained at, others in every update; all by default.
         bf16: train in bfloat16, by autocast, with weights in float32; on a GPU by default.
         eval_bf16: evaluate so as well. It is faster; of an answer's log-likelihood it rounds away some 0.05 nats.
         max_grid_tokens: tokens of the thought grid that are read at once with gradients; 0 for no limit.
@@ -85,7 +87,8 @@ class RealModelSettings:
     mixing_head_lr_factor: float = setting(10.0, "Learning rate of the mixing head over it.")
     thought_embedding_lr_factor: float = setting(100.0, "Learning rate of start and end embeddings over it.")
     warmup_ratio: float = setting(0.1, "Share of the steps over which the learning rates rise.")
-    policy_weight: float = setting(1.0, "Weight of the REINFORCE loss.")
+    policy_weight: float = setting(QuietStarArguments.policy_weight, "Weight of the REINFORCE loss.")
+    positions_per_row: int | None = setting(None, "Train thoughts at so many random text tokens of a row.")
     bf16: bool = setting(
         torch.cuda.is_available(), "Train in bfloat16, with weights in float32; on a GPU if not given."
     )
@@ -120,6 +123,7 @@ class RealModelSettings:
         names = (
             *("seq_length", "learning_rate", "mixing_head_lr_factor", "thought_embedding_lr_factor"),
             *("policy_weight", "bf16", "max_grid_tokens"),
+            *(("positions_per_row",) if variant.thinks else ()),
         )
         return {name: getattr(self, name) for name in names} | variant.training
 

@@ -35,6 +35,7 @@ def steps_of(name: str, model: QuietStarModel, settings: RealModelSettings) -> i
         rows=settings.batch_size,
         plain_rows=settings.equal_operations_batch_size,
         length=settings.seq_length,
+        positions=settings.positions_per_row,
     )
 
 
@@ -86,7 +87,8 @@ def train_variant(
         raise OutOfTime(f"{name}, seed {seed}: stopped after {trainer.state.global_step} of {steps} steps")
     model.save_pretrained(folder / MODEL_FOLDER)
     sources.tokenizer.save_pretrained(folder / MODEL_FOLDER)
-    each = thinking_row(model, settings.seq_length, scored=1.0 if args.signed_advantages else 0.5)
+    scored, positions = 1.0 if args.signed_advantages else 0.5, settings.positions_per_row
+    each = thinking_row(model, settings.seq_length, scored=scored, positions=positions)
     record = {
         "variant": name,
         "seed": seed,

@@ -61,7 +61,7 @@ SETTINGS: dict[str, Any] = dict(
     logging_steps=5,
     sample_steps=25,
     gradient_norm_steps=50,
-    inspect_steps=10,
+    inspect_steps=20,
     max_grid_tokens=0,
     save_strategy="no",
 )

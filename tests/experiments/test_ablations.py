@@ -145,7 +145,7 @@ def test_the_table_of_noise_holds_entropies_before_and_after(tmp_path, monkeypat
     line = next(each for each in (tmp_path / "noise.md").read_text().splitlines() if "(paper)" in each)
     assert line.endswith(f"| {sum(change) / 2:+.1f} [{low:+.1f}, {high:+.1f}] |")
 
-    monkeypatch.setattr(noise_rewards, "entropies", lambda *_: pytest.fail("done again"))
+    monkeypatch.setattr(noise_rewards, "entropies", lambda **_: pytest.fail("done again"))
     assert noise_rewards.main(flags) == 0
     assert noise_rewards.main([*flags, "--updates", "3"]) == 1
     assert "updates is 3, but" in capsys.readouterr().err

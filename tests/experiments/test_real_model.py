@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from real.sources import is_held_out
 
 SIZES = ["--steps", "2", "--batch-size", "1", "--seq-length", "12", "--thought-tokens", "2", "--ahead-tokens", "2"]
 SIZES += ["--held-out", "3", "--held-out-rows", "3", "--learning-rate", "1e-2", "--text-batch-size", "2"]
+SIZES += ["--positions-per-row", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,14 @@ def test_the_summary_holds_what_the_trained_models_say_of_the_text(done, argumen
     torch.testing.assert_close(base.after, base.without, rtol=0, atol=0)
     gain = entry(text, "paper", OWN_THOUGHTS)["against"][BASE]["mean"][0]
     assert gain == pytest.approx((found.after - base.without).mean().item(), abs=1e-5) and abs(gain) > 1e-3
+
+
+def test_a_variant_is_trained_as_its_preset_and_the_flags_say(done):
+    training = {name: json.loads((done / f"{name}-0" / "training.json").read_text())["training"] for name in VARIANTS}
+    positions = {name: each.get("positions_per_row") for name, each in training.items()}
+    assert positions == {"paper": 5, "rlp": 5, "pause": 5, PLAIN: None, EQUAL_OPERATIONS: None}
+    assert (training["paper"]["preset"], training["rlp"]["preset"]) == ("paper", "rlp")
+    assert {each["learning_rate"] for each in training.values()} == {1e-2}
 
 
 def test_plain_training_at_equal_operations_spends_what_the_papers_spends(done):
@@ -163,9 +174,10 @@ def test_a_time_limit_is_kept_by_what_things_took_before():
 # What it is made of
 
 
+@pytest.mark.parametrize("positions", [None, 2, 5, 9])
 @pytest.mark.parametrize("pauses, rationales", [(False, 2), (True, 1)])
-def test_operations_of_a_row_are_those_of_its_matrix_products(pauses, rationales):
-    """Counted by hand for a Llama of two layers, each product for each token."""
+def test_operations_of_a_row_are_those_of_its_matrix_products(pauses, rationales, positions):
+    """Counted by hand for a Llama of two layers, each product for each token; a mean over all choices of positions."""
     model = tiny.thinking_model("llama", thought_tokens=3, ahead_tokens=2, rationales=rationales, pauses=pauses)
     length, layers, width, heads, words = 5, 2, 32, 32, len(tiny.WORDS) + 2
     each = layers * (2 * width * 32 + 2 * width * 16 + 3 * width * 48)
@@ -175,24 +187,28 @@ def test_operations_of_a_row_are_those_of_its_matrix_products(pauses, rationales
     assert operations.plain_row(sizes, length) == 3 * (
         length * each + pairs * 2 * layers * heads + length * width * words
     )
-    slots = 1 + rationales * (3 + 2 + 1)
-    seen = sum(position + 1 for position in range(length) for _ in range(slots))
-    own = length * rationales * sum(range(1, 7))
-    talked = length * rationales * 2
-    learned = length * slots * each + (seen + own) * sizes.attention + talked * sizes.mixing
-    scored = length + talked + (0 if pauses else length * rationales * 3 // 2)
+    choices = list(itertools.combinations(range(length), min(positions or length, length)))
+    thoughts = len(choices[0]) * rationales
+    before = fmean(sum(position + 1 for position in choice) for choice in choices)
+    seen = pairs + rationales * (3 + 2 + 1) * before
+    own = thoughts * sum(range(1, 7))
+    read = length + thoughts * (3 + 2 + 1)
+    learned = read * each + (seen + own) * sizes.attention + thoughts * 2 * sizes.mixing
+    scored = length + thoughts * 2 + (0 if pauses else thoughts * 3 // 2)
     expected = 3 * (learned + scored * sizes.head)
     if not pauses:
-        sampled = length * rationales * 3
-        looked = pairs + rationales * 3 * pairs + length * rationales * sum(range(1, 4))
+        sampled = thoughts * 3
+        looked = pairs + rationales * 3 * before + thoughts * sum(range(1, 4))
         expected += (length + sampled) * each + looked * sizes.attention + sampled * sizes.head
-    assert operations.thinking_row(model, length) == expected
+    assert operations.thinking_row(model, length, positions=positions) == expected
 
 
-def test_steps_at_equal_operations_are_the_fewest_that_spend_as_much():
+@pytest.mark.parametrize("positions", [None, 2])
+def test_steps_at_equal_operations_are_the_fewest_that_spend_as_much(positions):
     model = tiny.thinking_model("llama", thought_tokens=3, ahead_tokens=2, rationales=2)
-    steps = operations.equal_steps(model, steps=7, rows=2, plain_rows=3, length=5)
-    spent, each = 7 * 2 * operations.thinking_row(model, 5), 3 * operations.plain_row(operations.Sizes.of(model), 5)
+    steps = operations.equal_steps(model, steps=7, rows=2, plain_rows=3, length=5, positions=positions)
+    spent = 7 * 2 * operations.thinking_row(model, 5, positions=positions)
+    each = 3 * operations.plain_row(operations.Sizes.of(model), 5)
     assert (steps - 1) * each < spent <= steps * each
 
 
