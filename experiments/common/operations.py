@@ -57,7 +57,7 @@ def thinking_row(model: QuietStarModel, length: int, *, scored: float = 0.5, pos
         length: N, of the text.
         scored: share of the thoughts whose tokens are scored for the policy: those whose advantage is not 0. With
             advantages that are clamped at 0 about one half, else all.
-        positions: of the row that are thought at, by chance, so that half of the text stands before one; all by default.
+        positions: of the row that are thought at, by chance, so that half of the text stands before one. None: all.
     """
     sizes, settings, grid = Sizes.of(model), model.qstar, model.grid(length)
     chosen = length if positions is None else min(positions, length)

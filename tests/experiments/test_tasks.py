@@ -21,9 +21,7 @@ FIRST_DOCUMENTS = {
     "digits": "Q 5 5 2 3 2 = T 5 0 2 5 7 : 7",
     "steps": "Q 4 5 1 1 7 = T 4 9 0 1 8 8 8 8 : 8",
     "stories": (
-        "on tuesday martha begins at 5 . first for 8 hours she rests . then for 9 hours she runs near the castle . "
-        "later for 2 hours she fishes near the station . what does the clock show ? answer : "
-        "count 5 first 8 then 9 later 2 so 12"
+        "vera wakes at 7 , first waits for 6 hours , then writes for 4 hours , later fishes for 7 hours . now it is 12"
     ),
 }
 EVERY = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
