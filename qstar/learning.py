@@ -246,6 +246,10 @@ class Objective(Thinker):
             raise ValueError(
                 f"entropy_weight is {self.entropy_weight}, but the thoughts are pauses, which nobody draws"
             )
+        if model.qstar.pauses and self.temperature != 1:
+            raise ValueError(
+                f"thought temperature is {self.temperature}, but the thoughts are pauses, which nobody draws"
+            )
         if model.qstar.pauses and not self.likelihood_weight:
             raise ValueError("likelihood_weight is 0, but the thoughts are pauses, which learn by the likelihood alone")
         if not self.likelihood_weight and never_counts(model):

@@ -50,7 +50,7 @@ WORDING = Wording(
     answer_pattern=rf"{EQUALS} (\d)",
     stop=(),
 )
-TRAINING: dict[str, Any] = SETTINGS | UNSEEN | dict(policy_weight=100.0, logging_steps=50, curves=False)
+TRAINING: dict[str, Any] = SETTINGS | UNSEEN | dict(logging_steps=50, curves=False)
 STAR: dict[str, Any] = dict(
     patience=5, learning_rate=1e-3, warmup_steps=10, train_batch_size=32, max_new_tokens=8, batch_size=250
 )

@@ -282,6 +282,7 @@ def test_wrong_settings_are_named(settings, message):
     ("settings", "message"),
     [
         (dict(entropy_weight=0.1), "entropy_weight is 0.1, but the thoughts are pauses"),
+        (dict(temperature=0.7), "temperature is 0.7, but the thoughts are pauses"),
         (dict(likelihood_weight=0.0), "likelihood_weight is 0, but the thoughts are pauses"),
     ],
 )
