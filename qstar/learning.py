@@ -34,8 +34,8 @@ class QuietStarOutput(ModelOutput):
         policy_loss: its REINFORCE part, before the policy weight.
         nll_base: mean negative log-likelihood of a text token without a thought, nats.
         nll_talk: the same after a thought, mean over the ``m`` tokens ahead.
-        reward: mean of the advantages that count, nats.
-        rewarded: share of the thoughts whose advantage counts and is not 0.
+        reward: by how much thoughts did better than their baseline, mean of ``max(A, 0)``, nats.
+        rewarded: share of the thoughts that did better.
         mixing_weight: mean weight of the thoughts.
         policy_entropy: mean entropy of the distribution that a sampled token is drawn from, at temperature 1, nats;
             None where it has no weight in the loss.
@@ -228,8 +228,8 @@ class Objective(Thinker):
             policy_loss=policy_loss,
             nll_base=-mean(spoken.log_base, counts.text),
             nll_talk=-(spoken.log_talk.mean(2).sum((0, 1)) / counts.ahead.clamp(min=1)).mean(),
-            reward=mean(advantage.mean(-1), counts.whole),
-            rewarded=mean((advantage != 0).float().mean(-1), counts.whole),
+            reward=mean(advantage.clamp(min=0).mean(-1), counts.whole),
+            rewarded=mean((advantage > 0).float().mean(-1), counts.whole),
             mixing_weight=mean(spoken.weight.mean(2) * counted, counts.ahead.sum()),
             policy_entropy=entropy,
             thoughts=thoughts,

@@ -11,7 +11,7 @@ from wait_watch import WaitWatch
 
 from qstar import reference
 from qstar.grid import Text
-from qstar.learning import Objective, advantages
+from qstar.learning import PAPER, Objective, advantages
 from qstar.talking import talk
 
 
@@ -155,6 +155,23 @@ def test_a_profiler_tells_the_three_steps_apart():
     assert [event.name for event in ranges] == ["qstar::think", "qstar::talk", "qstar::learn"]
     for event, next_event in itertools.pairwise(ranges):
         assert event.time_range.start < event.time_range.end <= next_event.time_range.start
+
+
+@pytest.mark.parametrize("settings", [{}, PAPER, dict(baseline="base")], ids=["default", "paper", "base"])
+def test_the_reward_is_by_how_much_the_better_thoughts_were_better(settings):
+    """With signed advantages as well, whose own mean over the others is 0 whatever is learned."""
+    model, kept = tiny.thinking_model(thought_tokens=3, ahead_tokens=2, rationales=3), []
+
+    class Watched(Objective):
+        def advantage(self, *args):
+            kept.append(super().advantage(*args))
+            return kept[-1]
+
+    output = Watched(**settings)(model, tiny.text(2, 9), thoughts=tiny.random_thoughts(model, 2, 9))
+    better = kept[0][:, : 9 - 2].clamp(min=0)  # two tokens stand ahead of these
+    assert output.reward.item() == pytest.approx(better.mean().item(), rel=1e-5)
+    assert output.reward > 0 and 0 < output.rewarded < 1
+    assert output.rewarded.item() == pytest.approx((better > 0).float().mean().item())
 
 
 def test_every_new_parameter_learns():
