@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import groupby
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +189,9 @@ def result_path(folder: Path, seed: int, name: str) -> Path:
 
 
 def _do(jobs: list[Job], folder: Path, deadline: Deadline) -> int:
+    command = parent_process()
     for number, job in enumerate(jobs):
-        if deadline.left() <= 0:
+        if deadline.left() <= 0 or (command is not None and not command.is_alive()):  # it was killed
             return len(jobs) - number
         found = result_of(result_path(folder, job.seed, job.name), job.settings, job.result)
         rows = found["result"]["rows"]

@@ -201,3 +201,11 @@ def test_tables_hold_means_over_seeds_gains_and_lengths(tmp_path):
     assert [row.variant for row in read_rows(tmp_path / "steps")] == ["base", "rlp", "rlp", "rlp"]
     with pytest.raises(FileNotFoundError, match="holds no results: run a rung first"):
         ladder.summarize(tmp_path / "steps" / "seed-0")
+
+
+def test_a_process_begins_nothing_more_when_the_command_was_killed(tmp_path, monkeypatch, capsys):
+    ended = type("Command", (), dict(is_alive=lambda self: False))
+    monkeypatch.setattr(jobs, "parent_process", ended)
+    assert ladder.main([*FLAGS, "base", "plain", "--output-dir", str(tmp_path)]) == 0
+    assert "2 of 2 are left: the same command goes on" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.json"))
