@@ -49,7 +49,10 @@ class Change(NamedTuple):
 
 
 def changes(rung: str, preset: str) -> list[Change]:
-    """What is tried on a rung: the variant of the ladder as it is, and each change of it."""
+    """What is tried on a rung: the variant of the ladder as it is, and each change of it.
+
+    A change of several settings of which the variant has one already is another change by itself.
+    """
     tokens = TASKS[rung].thought_tokens
     clamped, signed = dict(signed_advantages=False), dict(signed_advantages=True)
     found = [Change("baseline", value, {}, dict(baseline=value)) for value in ("mean", "leave_one_out", "base")]
@@ -74,7 +77,8 @@ def changes(rung: str, preset: str) -> list[Change]:
     found += [Change("ahead tokens", str(value), dict(ahead_tokens=value), {}) for value in (2, 4)]
     found += [Change("entropy weight", f"{value:g}", {}, dict(entropy_weight=value)) for value in (0.01, 0.1)]
     found += [Change("positions per row", str(value), {}, dict(positions_per_row=value)) for value in (12, 24)]
-    unchanged = (dict(policy_weight=QuietStarArguments.policy_weight) | OBJECTIVES[preset] | VARIANTS[preset]).items()
+    usual = dict(policy_weight=QuietStarArguments.policy_weight)
+    unchanged = (usual | OBJECTIVES[preset] | VARIANTS[preset]).items()
     return [Change(DEFAULT, "", {}, {}), *(each for each in found if not each.training.items() & unchanged)]
 
 

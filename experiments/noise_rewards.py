@@ -42,7 +42,7 @@ from tasks.every import TASKS
 
 UPDATES, EVERY = 500, 10
 ROWS = 16  # documents in an update
-LEARNING_RATE = 3e-5  # a tenth of what the decoder learns with
+LEARNING_RATE = 3e-5  # a tenth of that of the embedded default
 RULES: dict[str, dict[str, Any]] = {
     "clamped, temperature 3 (paper)": PAPER,
     "clamped, temperature 1": PAPER | dict(reinforce_temperature=1.0),

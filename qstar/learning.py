@@ -248,7 +248,7 @@ class Objective(Thinker):
             )
         if model.qstar.pauses and self.temperature != 1:
             raise ValueError(
-                f"thought temperature is {self.temperature}, but the thoughts are pauses, which nobody draws"
+                f"temperature of thoughts is {self.temperature}, but the thoughts are pauses, which nobody draws"
             )
         if model.qstar.pauses and not self.likelihood_weight:
             raise ValueError("likelihood_weight is 0, but the thoughts are pauses, which learn by the likelihood alone")

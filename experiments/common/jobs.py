@@ -132,7 +132,7 @@ class Job:
         task, settings = TASKS[self.task], self.all_training
         rows, length = settings["per_device_train_batch_size"], settings["seq_length"]
         if self.kind == OPERATIONS:
-            sizes = dict(rows=rows, plain_rows=rows, length=length)
+            sizes = dict(rows=rows, plain_rows=rows, length=length, positions=settings.get("positions_per_row"))
             settings = settings | dict(max_steps=equal_steps(model, steps=settings["max_steps"], **sizes))
         with tempfile.TemporaryDirectory() as folder:
             args = QuietStarArguments(output_dir=folder, seed=self.seed, **settings)

@@ -78,11 +78,18 @@ def thinking_row(model: QuietStarModel, length: int, *, scored: float = 0.5, pos
 
 
 def equal_steps(
-    model: QuietStarModel, *, steps: int, rows: int, plain_rows: int, length: int, positions: int | None = None
+    model: QuietStarModel,
+    *,
+    steps: int,
+    rows: int,
+    plain_rows: int,
+    length: int,
+    scored: float = 0.5,
+    positions: int | None = None,
 ) -> int:
     """Steps of plain training on ``plain_rows`` rows that cost at least as much as ``steps`` on ``rows`` with thoughts.
 
-    The row of ``length`` tokens is that of both; thoughts are at ``positions`` of it, or at all.
+    The row of ``length`` tokens is that of both; its thoughts are as :func:`thinking_row` counts them.
     """
-    spent = steps * rows * thinking_row(model, length, positions=positions)
+    spent = steps * rows * thinking_row(model, length, scored=scored, positions=positions)
     return -(-spent // (plain_rows * plain_row(Sizes.of(model), length)))

@@ -49,7 +49,7 @@ class RealModelSettings:
 
     Attributes:
         steps: updates of each variant but ``plain-equal-operations``, which has as many as the multiply-adds of
-            ``paper`` pay for.
+            ``rlp`` pay for.
         batch_size: rows in an update.
         equal_operations_batch_size: rows in an update of ``plain-equal-operations``.
         seq_length: N, text tokens in a row.

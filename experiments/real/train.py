@@ -26,7 +26,7 @@ QUIET: dict[str, Any] = UNSEEN | dict(gradient_norm_steps=0, curves=False, repor
 
 
 def steps_of(name: str, model: QuietStarModel, settings: RealModelSettings) -> int:
-    """The updates of a variant; ``model`` has the thoughts of ``paper``, with which plain training is made equal."""
+    """The updates of a variant; ``model`` has the thoughts of ``rlp``, with which plain training is made equal."""
     if name != EQUAL_OPERATIONS:
         return settings.steps
     return equal_steps(
@@ -35,6 +35,7 @@ def steps_of(name: str, model: QuietStarModel, settings: RealModelSettings) -> i
         rows=settings.batch_size,
         plain_rows=settings.equal_operations_batch_size,
         length=settings.seq_length,
+        scored=1.0,
         positions=settings.positions_per_row,
     )
 

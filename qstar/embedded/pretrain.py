@@ -22,6 +22,7 @@ from qstar.embedded.task import Problems, build_tokenizer, documents, problems
 from qstar_kernels import faster_linear
 
 RECORD_FILE = "pretraining.json"
+ARITHMETIC = 2  # a number that changes where the same settings make other weights
 Corpus: TypeAlias = Callable[[int, int], list[str]]  # so many documents, of a seed
 Measure: TypeAlias = "Callable[[LlamaForCausalLM], Ability]"
 
@@ -216,7 +217,7 @@ def decoder_config(tokenizer: PreTrainedTokenizerFast, settings: PretrainSetting
 def _cache_key(seed: int, settings: PretrainSettings, corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> str:
     """A name that changes with the seed, with any setting, and with what the generator and the tokenizer make of it."""
     vocabulary = sorted(tokenizer.get_vocab().items())
-    content = json.dumps([seed, asdict(settings), corpus(16, seed), vocabulary])
+    content = json.dumps([ARITHMETIC, seed, asdict(settings), corpus(16, seed), vocabulary])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -66,8 +66,8 @@ class Rationale:
         entropy: of the distributions that they were sampled from, at temperature 1: the mean over them, nats.
         weight: of the thought in the prediction of the next token.
         talk_log_prob: of the m tokens ahead, after the thought.
-        advantage: how much better the m tokens ahead fared than on average over the rationales, or with a single one
-            than without a thought, nats; None where not all of them are predicted.
+        advantage: how much better the m tokens ahead fared than after the other rationales, or with a single one than
+            without a thought, nats; None where not all of them are predicted.
     """
 
     tokens: list[str]

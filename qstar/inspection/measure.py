@@ -145,7 +145,7 @@ def _found(row: Sequence[Part], settings: InspectionSettings, model: QuietStarMo
         base=spoken.log_base[0, ahead].cpu(),
         talk=spoken.log_talk[0].cpu(),
         weight=spoken.weight[0, ..., 0].cpu(),
-        advantage=Objective(baseline="mean").advantage(spoken, grid)[0].cpu(),
+        advantage=Objective().advantage(spoken, grid)[0].cpu(),
         before=before,
         after=after,
     )

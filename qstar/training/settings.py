@@ -83,7 +83,7 @@ class RunSettings:
 
 @dataclass
 class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
-    """transformers' ``TrainingArguments``, with the paper's values as defaults, and the settings of Quiet-STaR."""
+    """transformers' ``TrainingArguments``, with the paper's values as defaults but for the reward, and those of Quiet-STaR."""
 
     output_dir: str | None = setting("runs/quiet-star", "Folder for the model, the metrics and the checkpoints.")
     learning_rate: float = setting(1e-6, "Learning rate of the base model.")
@@ -125,8 +125,8 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
     thought_temperature: float = setting(1.0, "Thoughts are sampled at this temperature.")
     reinforce_temperature: float | None = setting(
         None,
-        "Log-probabilities of sampled tokens are taken at this temperature. As preset says if not given: 1, or 3 of "
-        "paper.",
+        "Log-probabilities of sampled tokens are taken at this temperature. As preset says if not given: "
+        "thought_temperature, or 3 of paper.",
     )
     baseline: str | None = setting(
         None,
@@ -187,6 +187,8 @@ class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
                 raise ValueError(f"{name} is {value!r}, but it must be an integer of at least {least}")
         if self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}, but it must be one of {', '.join(PRESETS)}")
+        if self.preset == "rlp" and self.reinforce_temperature is None and self.thought_temperature:
+            self.reinforce_temperature = self.thought_temperature  # the gradient is unbiased where both are the same
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

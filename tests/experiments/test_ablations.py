@@ -84,8 +84,8 @@ def test_what_a_preset_is_already_is_no_change(preset, own, others):
 def test_flags_set_what_is_the_same_for_all_but_for_the_change():
     flags = ["--preset", "paper", "--seeds", "0", "--set", "policy_weight=3", "optim=sgd"]
     found = {each.name: each.training for each in asked(*flags)}
-    assert found["default"] == dict(policy_weight=3, optim="sgd")
-    assert found["policy-weight-10"] == dict(policy_weight=10.0, optim="sgd")
+    assert found["default"] == dict(preset="paper", policy_weight=3, optim="sgd")
+    assert found["policy-weight-10"] == dict(preset="paper", policy_weight=10.0, optim="sgd")
 
 
 def test_the_command_leaves_a_table(tmp_path, monkeypatch, capsys):

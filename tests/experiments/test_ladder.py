@@ -76,6 +76,11 @@ def test_the_base_answers_as_plain_passes_do(folder):
         assert row["right"][number] == str(int(expected.argmax().item() == int(problem.answer)))
 
 
+def test_variants_are_trained_by_their_rules():
+    rules = {name: each["training"] for name, each in ladder.variants().items() if name in ladder.PRESETS}
+    assert rules == {"paper": dict(preset="paper", policy_weight=30.0), "rlp": dict(preset="rlp")}
+
+
 def test_thoughts_and_what_stands_in_their_place_are_read():
     """Rows of a model with a mixing head that weighs, beside plain passes."""
     task = TASKS["digits"]

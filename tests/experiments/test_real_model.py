@@ -106,12 +106,12 @@ def test_a_variant_is_trained_as_its_preset_and_the_flags_say(done):
     assert {each["learning_rate"] for each in training.values()} == {1e-2}
 
 
-def test_plain_training_at_equal_operations_spends_what_the_papers_spends(done):
+def test_plain_training_at_equal_operations_spends_what_the_dearest_thoughts_spend(done):
     trained = {each["variant"]: each for each in summary(done)["training"]}
-    assert trained[PLAIN]["tokens"] == trained["paper"]["tokens"] == 2 * 12
-    spent, plain = trained["paper"]["multiply_adds"], trained[EQUAL_OPERATIONS]
+    assert trained[PLAIN]["tokens"] == trained["rlp"]["tokens"] == 2 * 12
+    spent, plain = trained["rlp"]["multiply_adds"], trained[EQUAL_OPERATIONS]
     assert spent <= plain["multiply_adds"] < spent + plain["multiply_adds"] / plain["steps"]
-    assert trained["pause"]["multiply_adds"] < spent < trained["rlp"]["multiply_adds"]
+    assert trained["pause"]["multiply_adds"] < trained["paper"]["multiply_adds"] < spent
 
 
 def test_what_is_there_is_not_done_again_and_what_is_missing_is(done, arguments, monkeypatch):

@@ -35,6 +35,7 @@ POSITIONS = 9
 DOCUMENTS = [(0, 0, 9), (1, 3, 9), (2, 0, 5), (2, 5, 9)]  # of the batch: row, from, to
 STEP = 1e-2
 TOLERANCE = 1e-10
+TEMPERATURE = 3.0  # of the log-probabilities of sampled tokens
 IN_ONE_PART = {  # and what their modules do
     "diffllama": "DiffLlamaAttention attends more than once in a pass",
     "hrm_text": "HrmTextAttention attends without gradients",
@@ -99,14 +100,14 @@ def given_and_greedy(model: QuietStarModel, text: Text) -> torch.Tensor:
 
 def scored(model: QuietStarModel, thoughts: torch.Tensor, max_grid_tokens: int | None = None) -> QuietStarOutput:
     """The objective, inside ``forward`` as training calls it."""
-    objective = Objective(baseline="base", signed=True, max_grid_tokens=max_grid_tokens)
+    objective = Objective(baseline="base", reinforce_temperature=TEMPERATURE, max_grid_tokens=max_grid_tokens)
     return model(**batch(), thoughts=thoughts, objective=objective)
 
 
 def by_the_oracle(oracle: Oracle, thoughts: torch.Tensor) -> Scores:
     tokens = batch()["input_ids"]
     documents = [(tokens[row, a:b], thoughts[row, a:b]) for row, a, b in DOCUMENTS]
-    return oracle(documents, Objective.reinforce_temperature)
+    return oracle(documents, TEMPERATURE)
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, what: str, least: float = 0) -> None:

@@ -27,20 +27,20 @@ def relative(ours: torch.Tensor, other: torch.Tensor, floor: float = 1e-3) -> fl
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 @pytest.mark.parametrize("rationales", [1, 2])
-def test_packed_equals_one_plain_pass_for_every_thought(family, rationales):
+@pytest.mark.parametrize("rule", [{}, PAPER], ids=["default", "paper"])
+def test_packed_equals_one_plain_pass_for_every_thought(family, rationales, rule):
     exact = family == "gpt2"
     dtype, tolerance = (torch.float64, 1e-12) if exact else (torch.float32, 1e-5)
     model = tiny.thinking_model(family, dtype=dtype, thought_tokens=2, ahead_tokens=2, rationales=rationales)
     tokens = tiny.text(1, 6)
     thoughts = tiny.random_thoughts(model, 1, 6)
-    signed = rationales == 1
-    objective = Objective(policy_weight=0.7, reinforce_temperature=2.0, signed=signed)
-    ours = objective(model, tokens, thoughts=thoughts)
+    options = rule | dict(policy_weight=0.7, reinforce_temperature=2.0)
+    if rationales == 1:
+        options |= dict(signed=True)  # a random thought does worse than none
+    ours = Objective(**options)(model, tokens, thoughts=thoughts)
     our_gradients = gradients(model, ours.loss)
     model.set_attn_implementation("eager")
-    plain = reference.objective(
-        model, tokens[0], thoughts[0], policy_weight=0.7, reinforce_temperature=2.0, signed=signed
-    )
+    plain = reference.objective(model, tokens[0], thoughts[0], **options)
     plain_gradients = gradients(model, plain["loss"])
 
     assert plain["policy_loss"].item() != 0
@@ -299,7 +299,7 @@ def test_wrong_settings_are_named(settings, message):
     ("settings", "message"),
     [
         (dict(entropy_weight=0.1), "entropy_weight is 0.1, but the thoughts are pauses"),
-        (dict(temperature=0.7), "temperature is 0.7, but the thoughts are pauses"),
+        (dict(temperature=0.7), "temperature of thoughts is 0.7, but the thoughts are pauses"),
         (dict(likelihood_weight=0.0), "likelihood_weight is 0, but the thoughts are pauses"),
     ],
 )

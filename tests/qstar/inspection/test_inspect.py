@@ -84,7 +84,7 @@ def test_every_number_of_every_position_is_that_of_plain_passes():
                 scores.append(sum(talk))
                 seen += 1
             if known == 2:
-                advantages = [score - fmean(scores) for score in scores]
+                advantages = [score - fmean([*scores[:p], *scores[p + 1 :]]) for p, score in enumerate(scores)]
                 assert [each.advantage for each in position.rationales] == pytest.approx(advantages, abs=1e-4)
             else:
                 assert [each.advantage for each in position.rationales] == [None, None]
@@ -147,7 +147,7 @@ def test_several_documents_in_a_row_are_evaluated_as_they_are_inspected():
 def test_thoughts_and_their_numbers_are_those_of_the_objective_for_the_same_seed():
     model, tokens = model_of(rationales=3), row(text=TEXTS[2])
     found = qstar.inspect(model, tiny.tokenizer(), TEXTS[2], seed=11, controls=False)
-    output = Objective(seed=11, baseline="mean")(model, tokens[None])
+    output = Objective(seed=11)(model, tokens[None])
     positions = found.documents[0].positions
     assert [[each.token_ids for each in position.rationales] for position in positions] == output.thoughts[
         0, :-1

@@ -51,9 +51,9 @@ def test_the_settings_on_a_card_are_those_of_the_run(finished, tmp_path):
     (tmp_path / "run.yaml").write_text(block)
     read = read_settings(tmp_path / "run.yaml", (ThoughtSettings, QuietStarArguments))
     expected = {name: value for name, value in SETTINGS.items() if name != "hub_token"}
-    expected |= dict(thought_tokens=2, ahead_tokens=2, per_device_train_batch_size=2, seq_length=12, policy_weight=1.0)
-    expected |= dict(preset="paper", likelihood_weight=1.0, baseline="mean", signed_advantages=False)
-    expected |= dict(reinforce_temperature=3.0)
+    expected |= dict(thought_tokens=2, ahead_tokens=2, per_device_train_batch_size=2, seq_length=12, policy_weight=10.0)
+    expected |= dict(preset="rlp", likelihood_weight=1.0, baseline="leave_one_out", signed_advantages=True)
+    expected |= dict(reinforce_temperature=1.0)
     assert expected.items() <= read.items()
     assert "hf_secret" not in card and not {"output_dir", "use_cpu", "report_to", "curves"} & read.keys()
 

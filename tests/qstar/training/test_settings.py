@@ -96,14 +96,14 @@ def test_the_objective_is_what_the_settings_say(tmp_path):
         entropy_weight=0.02,
         thought_temperature=0.7,
         reinforce_temperature=2.0,
-        baseline="leave_one_out",
-        signed_advantages=True,
+        baseline="base",
+        signed_advantages=False,
     )
     objective = args.objective()
     values = (objective.policy_weight, objective.temperature, objective.reinforce_temperature)
     assert values == (0.5, 0.7, 2.0)
     assert (objective.likelihood_weight, objective.entropy_weight) == (0.3, 0.02)
-    assert (objective.baseline, objective.signed) == ("leave_one_out", True)
+    assert (objective.baseline, objective.signed) == ("base", False)
     assert args.folder == tmp_path
 
 
@@ -116,6 +116,10 @@ def test_the_objective_is_what_the_settings_say(tmp_path):
         (dict(preset="rlp", likelihood_weight=0.0), ("leave_one_out", True, 1.0, 0.0)),
         (dict(preset="rlp", signed_advantages=False, baseline="base"), ("base", False, 1.0, 1.0)),
         (dict(reinforce_temperature=2.0), ("leave_one_out", True, 2.0, 1.0)),
+        (dict(thought_temperature=0.7), ("leave_one_out", True, 0.7, 1.0)),
+        (dict(thought_temperature=0.7, reinforce_temperature=1.0), ("leave_one_out", True, 1.0, 1.0)),
+        (dict(thought_temperature=0.0), ("leave_one_out", True, 1.0, 1.0)),
+        (dict(thought_temperature=0.7, preset="paper"), ("mean", False, 3.0, 1.0)),
         (dict(preset="paper", reinforce_temperature=1.0), ("mean", False, 1.0, 1.0)),
     ],
 )
