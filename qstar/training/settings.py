@@ -83,7 +83,7 @@ class RunSettings:
 
 @dataclass
 class QuietStarArguments(LoraSettings, DataSettings, TrainingArguments):
-    """transformers' ``TrainingArguments``, with the paper's values as defaults but for the reward, and those of Quiet-STaR."""
+    """transformers' ``TrainingArguments`` and the settings of Quiet-STaR; the paper's defaults but for the reward."""
 
     output_dir: str | None = setting("runs/quiet-star", "Folder for the model, the metrics and the checkpoints.")
     learning_rate: float = setting(1e-6, "Learning rate of the base model.")
