@@ -87,5 +87,11 @@ STORIES_TASK = Task(
         goal=0.5,
         max_steps=2400,
     ),
-    training=dict(seq_length=96, per_device_train_batch_size=8, max_steps=300),
+    training=dict(
+        seq_length=96,
+        per_device_train_batch_size=8,
+        max_steps=300,
+        learning_rate=2e-4,
+        mixing_head_lr_factor=15.0,
+    ),
 )
