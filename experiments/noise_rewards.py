@@ -136,7 +136,7 @@ def draw(found: dict[str, list[list[float]]], updates: int, path: Path) -> None:
     axes.set_xlabel("updates by rewards of noise")
     axes.set_ylabel("entropy of a token of a thought, nats")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center right")
     figure.savefig(path, dpi=110)
 
 
