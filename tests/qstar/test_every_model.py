@@ -100,7 +100,8 @@ def given_and_greedy(model: QuietStarModel, text: Text) -> torch.Tensor:
 
 def scored(model: QuietStarModel, thoughts: torch.Tensor, max_grid_tokens: int | None = None) -> QuietStarOutput:
     """The objective, inside ``forward`` as training calls it."""
-    objective = Objective(baseline="base", reinforce_temperature=TEMPERATURE, max_grid_tokens=max_grid_tokens)
+    settings = dict(policy_weight=1.0, baseline="base", reinforce_temperature=TEMPERATURE)
+    objective = Objective(**settings, max_grid_tokens=max_grid_tokens)
     return model(**batch(), thoughts=thoughts, objective=objective)
 
 
