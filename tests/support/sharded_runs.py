@@ -118,7 +118,7 @@ def a_model(family: str):
 def a_trainer(folder: Path, family: str, kind: str = "alone", *, streamed: bool = False, **settings) -> Recorder:
     """A trainer of updates of four unequal rows, documents packed into one of them; of two processes unless alone."""
     options = QUIET | dict(max_steps=3, warmup_steps=0, optim="sgd", learning_rate=0.1, logging_steps=1, use_cpu=True)
-    options |= dict(preset="paper", policy_weight=1.0)  # signed rewards cancel, and leave little but rounding to compare
+    options |= dict(preset="paper", policy_weight=1.0)  # signed rewards cancel: little but rounding is left
     batch = dict(per_device_train_batch_size=ROWS, train_sampling_strategy="sequential")
     if kind != "alone":
         batch |= dict(fsdp=kind == "fsdp", per_device_train_batch_size=ROWS // RANKS)

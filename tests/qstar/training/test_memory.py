@@ -97,7 +97,7 @@ def test_an_inspection_has_settings_of_its_own():
 def test_the_advice_halves_the_memory_of_a_step_and_makes_the_same_updates(tmp_path):
     """By its own words, applied as settings."""
     options = dict(batch_size=4, max_steps=2, max_grad_norm=0.0, optim="sgd", learning_rate=0.1)
-    options |= dict(preset="paper", policy_weight=1.0)  # signed rewards cancel, and leave little but rounding to compare
+    options |= dict(preset="paper", policy_weight=1.0)  # signed rewards cancel: little but rounding is left
     whole = tiny_train(tmp_path / "whole", **options).model.state_dict()
     advice = training_advice(arguments(per_device_train_batch_size=4), GRID, None)
     rows, steps = map(int, re.search(r"batch_size=(\d+) with gradient_accumulation_steps=(\d+)", advice).groups())
