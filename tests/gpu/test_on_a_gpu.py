@@ -262,7 +262,7 @@ def test_a_training_step_in_parts_is_that_of_one_piece():
     results = []
     for most in (None, 400):
         model, text, _ = thinking_case()
-        output = Objective(max_grid_tokens=most)(model, text.tokens)
+        output = Objective(policy_weight=1.0, max_grid_tokens=most)(model, text.tokens)
         output.loss.backward()
         results.append((output, {name: x.grad for name, x in model.named_parameters() if x.grad is not None}))
     (whole, gradients), (parts, gradients_of_parts) = results
@@ -291,7 +291,8 @@ def test_a_training_step_is_that_of_a_cpu(chosen):
         model = tiny.thinking_model("llama", changes=dict(hidden_size=64, head_dim=16)).to(device)
         tokens, thoughts = tiny.text(2, 33), tiny.random_thoughts(model, 2, 33 if chosen is None else 5)
         given = dict(thoughts=thoughts) | ({} if chosen is None else dict(positions=torch.tensor(chosen)))
-        output = Objective()(model, tokens.to(device), **{name: x.to(device) for name, x in given.items()})
+        given = {name: x.to(device) for name, x in given.items()}
+        output = Objective(policy_weight=1.0)(model, tokens.to(device), **given)
         output.loss.backward()
         assert output.rewarded > 0
         gradients = {name: x.grad.cpu() for name, x in model.named_parameters() if x.grad is not None}
