@@ -2,9 +2,9 @@
 
 The text keys: causal attention with C query heads for each query head. On a CPU it goes by blocks of positions whose
 rows (position, slot, query head of the group) share a key/value head: long blocks of rows get flash's large tiles. The
-own keys: causal attention of T tokens, with the text positions as the batch. The parts are merged through their
-log-sum-exp. The backward of each part runs with the merged output and the merged log-sum-exp, which makes its weights
-and its delta those of the whole.
+own keys: causal attention of T tokens, with the text positions as the batch; few tokens on a CPU go by batched products
+instead. The parts are merged through their log-sum-exp. The backward of each part runs with the merged output and the
+merged log-sum-exp, which makes its weights and its delta those of the whole.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qstar_kernels.thought_attention.rules import Rules
-from qstar_kernels.thought_attention.torch import onednn
+from qstar_kernels.thought_attention.torch import onednn, own
 from qstar_kernels.thought_attention.torch.blocks import grouped
 
 aten = torch.ops.aten
@@ -173,9 +173,30 @@ def attend_text_backward(do, out, lse, q, k, v, rules: Rules, dq: Tensor) -> tup
     return dk, dv
 
 
-def own(x: Tensor, here: slice) -> Tensor:
-    """One rationale's slots of x [B, H, N, C, ...] as [B*N, H, T, ...]."""
-    return x[:, :, :, here].transpose(1, 2).flatten(0, 1)
+def by_position(x: Tensor) -> Tensor:
+    """[B, H, N, T, ...] -> [B*N, H, T, ...]."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def attend_own(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(positions, out, lse) of the slots of one rationale [B, H, N, T, D], some positions after the other, or all."""
+    if own.serves(q):
+        yield from own.attend(q, k, v, scale)
+        return
+    parts = flash(*(by_position(x) for x in (q, k, v)), scale)
+    out, lse = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in parts)
+    yield slice(None), out, lse
+
+
+def attend_own_backward(do, out, lse, q, k, v, scale: float, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Add to dq, and fill dk and dv, of the slots of one rationale."""
+    if own.serves(q):
+        own.attend_backward(do, out, lse, q, k, v, scale, dq, dk, dv)
+        return
+    parts = flash_backward(*(by_position(x) for x in (do, out, lse, q, k, v)), scale)
+    for x, part in zip((dq, dk, dv), parts, strict=True):
+        part = part.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+        x.copy_(part) if x is not dq else x.add_(part)
 
 
 def rationale_slots(first: int, slots: int, tokens: int) -> list[slice]:
@@ -206,9 +227,8 @@ def attend_slots(
     rounded, out = out, accumulator(out, lse)
     attend_text(q, k_text, v_text, rules, out, lse)
     for here in own_slots:
-        mine, mine_lse = flash(own(q, here), own(k, here), own(v, here), rules.scale)
-        mine, mine_lse = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in (mine, mine_lse))
-        merge(out[..., here, :], lse[..., here], mine.to(lse.dtype), mine_lse)
+        for at, mine, mine_lse in attend_own(*(x[:, :, :, here] for x in (q, k, v)), rules.scale):
+            merge(out[:, :, at, here], lse[:, :, at, here], mine.to(lse.dtype), mine_lse)
     if rules.sinks is not None:
         add_sinks(out, lse, rules.sinks)
     if out is not rounded:
@@ -264,11 +284,11 @@ def attend_backward(do, out, lse, q, k, v, rationales: int, rules: Rules, dq, dk
 def attend_part_backward(do, out, lse, q, k_text, v_text, k_thought, v_thought, rules: Rules, grads) -> None:
     """Fill ``grads``, which are shaped like q and the caches."""
     slots = rationale_slots(0, q.shape[3], k_thought.shape[4])
-    own = (x.flatten(3, 4) for x in (k_thought, v_thought))
+    of_thoughts = (x.flatten(3, 4) for x in (k_thought, v_thought))
     dq, dk_text, dv_text, *d_thought = grads
     dk, dv = (x.view(*x.shape[:3], -1, x.shape[-1]) for x in d_thought)
     grads = dq, dk_text, dv_text, dk, dv
-    attend_slots_backward(do, out, lse, q, k_text, v_text, *own, slots, rules, grads)
+    attend_slots_backward(do, out, lse, q, k_text, v_text, *of_thoughts, slots, rules, grads)
 
 
 def attend_slots_backward(do, out, lse, q, k_text, v_text, k, v, own_slots: list[slice], rules: Rules, grads) -> None:
@@ -279,9 +299,7 @@ def attend_slots_backward(do, out, lse, q, k_text, v_text, k, v, own_slots: list
     dk_text.copy_(of_text[0])
     dv_text.copy_(of_text[1])
     for here in own_slots:
-        grads = flash_backward(*(own(x, here) for x in (do, out, lse, q, k, v)), rules.scale)
-        mine = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in grads)
-        dq_own, dk[..., here, :], dv[..., here, :] = mine
-        dq[..., here, :] += dq_own
+        mine = (x[:, :, :, here] for x in (do, out, lse, q, k, v))
+        attend_own_backward(*mine, rules.scale, *(x[:, :, :, here] for x in (dq, dk, dv)))
     if dq is not rounded:
         rounded.copy_(dq)

@@ -1,0 +1,78 @@
+"""Attention of a thought's tokens to each other by batched products, on a CPU.
+
+torch's flash attention makes a product for each head and each position, and with as few tokens as a thought has a call
+costs more than its product. Here a product is that of all query heads of a key/value head, and one call makes those of
+many positions.
+
+Tensors are [B, H, N, T, D], views of the T slots of one rationale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+MOST_TOKENS = 32  # with more, flash attention is as fast
+NUMBERS = 2**18  # of the queries at once, about: what is made of them stays in the caches
+
+
+def serves(q: Tensor) -> bool:
+    """Whether the slots of a rationale, q [B, Hq, N, T, D], are read faster so."""
+    return q.device.type == "cpu" and q.shape[3] <= MOST_TOKENS
+
+
+class Block:
+    """Some positions, as matrices of a sequence, position and key/value head each, of rows (query head, token)."""
+
+    def __init__(self, here: slice, kv_heads: int):
+        self.here, self.kv_heads = here, kv_heads
+
+    def matrices(self, x: Tensor) -> Tensor:
+        """Those of x [B, H, N, T, D], [B*n*Hkv, rows, D]."""
+        rows = x[:, :, self.here].unflatten(1, (self.kv_heads, -1))  # [B, Hkv, G, n, T, D]
+        return rows.permute(0, 3, 1, 2, 4, 5).reshape(-1, rows.shape[2] * rows.shape[4], rows.shape[5])
+
+    def place(self, x: Tensor, like: Tensor) -> Tensor:
+        """Matrices [B*n*Hkv, rows, D] as they lie in ``like`` [B, H, N, T, ...], [B, H, n, T, D], a view."""
+        batch, heads, _, tokens = like.shape[:4]
+        rows = x.view(batch, -1, self.kv_heads, heads // self.kv_heads, tokens, x.shape[-1])
+        return rows.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+
+    def scores(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+        """Of matrices of queries [M, rows, D] and keys [M, T, D], [M, rows, T]."""
+        tokens = keys.shape[1]
+        future = torch.ones(tokens, tokens, dtype=torch.bool, device=keys.device).triu(1)
+        scores = torch.baddbmm(keys.new_zeros(()), queries, keys.mT, beta=0, alpha=scale)
+        return scores.masked_fill_(future.repeat(queries.shape[1] // tokens, 1), -torch.inf)
+
+
+def blocks(q: Tensor, k: Tensor) -> Iterator[Block]:
+    """Those of q [B, Hq, N, T, D] and k [B, Hkv, N, T, D]."""
+    batch, heads, positions, tokens, width = q.shape
+    size = max(1, NUMBERS // (batch * heads * tokens * width))
+    for start in range(0, positions, size):
+        yield Block(slice(start, min(start + size, positions)), k.shape[1])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(positions, out [B, Hq, n, T, D], lse [B, Hq, n, T]) of some positions after the other."""
+    for block in blocks(q, k):
+        scores = block.scores(block.matrices(q), block.matrices(k), scale)
+        lse = scores.logsumexp(-1, keepdim=True)
+        out = torch.bmm(scores.sub_(lse).exp_(), block.matrices(v))
+        yield block.here, block.place(out, q), block.place(lse, q)[..., 0]
+
+
+def attend_backward(do, out, lse, q, k, v, scale: float, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Add to dq, and fill dk and dv; out and lse [B, Hq, N, T] may be those of further keys as well."""
+    for block in blocks(q, k):
+        queries, keys, values, d_out = (block.matrices(x) for x in (q, k, v, do))
+        weights = block.scores(queries, keys, scale).sub_(block.matrices(lse[..., None])).exp_()
+        delta = (d_out * block.matrices(out)).sum(-1, keepdim=True)
+        d_scores = torch.baddbmm(delta, d_out, values.mT, beta=-1).mul_(weights)
+        here = block.here
+        dq[:, :, here].add_(block.place(torch.bmm(d_scores, keys), q), alpha=scale)
+        dk[:, :, here] = block.place(torch.bmm(d_scores.mT, queries).mul_(scale), k)
+        dv[:, :, here] = block.place(torch.bmm(weights.mT, d_out), v)
