@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 from dataclasses import replace
@@ -79,6 +80,16 @@ def test_the_base_answers_as_plain_passes_do(folder):
 def test_variants_are_trained_by_their_rules():
     rules = {name: each["training"] for name, each in ladder.variants().items() if name in ladder.PRESETS}
     assert rules == {"paper": dict(preset="paper", policy_weight=30.0), "rlp": dict(preset="rlp")}
+
+
+def test_stories_leave_out_what_is_trained_there_by_name_alone():
+    def names(rung: str, variants: list[str] | None = None) -> list[str]:
+        options = dict(rung=rung, seeds=[1], split="test", problems=5, set=[], variants=variants)
+        return [job.name for job in ladder.jobs(argparse.Namespace(**options))]
+
+    assert names("digits") == names("steps") == list(ladder.variants())
+    assert names("stories") == [name for name in ladder.variants() if name != "no-reward"]
+    assert names("stories", ["no-reward"]) == ["no-reward"]
 
 
 def test_thoughts_and_what_stands_in_their_place_are_read():
