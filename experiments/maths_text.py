@@ -4,7 +4,7 @@
 
 The docstrings of sympy, mpmath and networkx, which PyTorch brings along, of at least 200 characters; with ``--gsm8k``
 also the problems of that file with their solutions, one JSON object a line with ``question`` and ``answer``, as GSM8K
-comes. Each text once, in an order by the hash of each, so that it is the same on every machine.
+comes. Each text once, in an order by the hash of each: the same wherever the packages have the same versions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def docstrings(package: str) -> Iterator[str]:
     """
     found = find_spec(package)
     if found is None or found.origin is None:
-        raise ValueError(f"package is {package!r}, but it is not installed: its docstrings are part of the text")
+        raise ValueError(f"{package} is not installed, whose docstrings are part of the text: pip install {package}")
     folder = Path(found.origin).parent
     for file in sorted(folder.rglob("*.py")):
         if "tests" in file.relative_to(folder).parts:
@@ -56,17 +56,16 @@ def problems(file: Path) -> Iterator[str]:
     Raises:
         ValueError: a line is not one of its problems.
     """
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
         try:
             row = json.loads(line)
-            solution, hashes, answer = row["answer"].partition("####")
-            question = row["question"]
+            question, (solution, hashes, answer) = row["question"].strip(), row["answer"].partition("####")
         except (ValueError, KeyError, TypeError, AttributeError):
             hashes = ""
         if not hashes:
             raise ValueError(
-                f"line {number} of {file} is {line[:80]!r}, but it must be a JSON object with question and answer, "
-                "whose number follows ####"
+                f"gsm8k is {str(file)!r}, whose line {number} is {line[:80]!r}, but it must be a JSON object with a "
+                "question and an answer, whose number follows ####"
             )
         yield f"{question}\n{CALCULATIONS.sub('', solution).strip()}\nThe answer is {answer.strip()}."
 

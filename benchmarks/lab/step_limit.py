@@ -4,7 +4,8 @@
 
 Taken in turn: the masked path of ``bench_training_step.py``, our step, our step with zeros in the place of what thought
 attention computes, and the bare products of its text keys by oneDNN, as many and as large as a step makes them, without
-masks, exponentials and sums. What is left beside attention is the model's own code.
+masks, exponentials, sums, and what a thought's tokens make of each other. What is left beside attention is the model's
+own code.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ FORWARD, BACKWARD = 2, 5  # products of attention
 
 @contextmanager
 def attention_for_free() -> Iterator[None]:
-    """Thought attention and its gradients are zeros, at once."""
+    """The packed op, its gradients and the steps of thinking are zeros, at once; nothing else is called in a step."""
     kept = {name: getattr(backend, name) for name in ("attend", "attend_backward", "attend_step")}
 
     def zeros(first: int):
@@ -100,10 +101,17 @@ def line(length: int, found: dict[str, float]) -> str:
     return f"| {length} | {' | '.join(cells)} |"
 
 
+def at_least_one(text: str) -> int:
+    """A count, out of an argument."""
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"it is {count}, but it must be at least 1")
+    return count
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("lengths", type=int, nargs="+", metavar="N")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each length (%(default)s)")
+    parser.add_argument("lengths", type=at_least_one, nargs="+", metavar="N")
+    parser.add_argument("--rounds", type=at_least_one, default=5, help="turns of each length (%(default)s)")
     options = parser.parse_args()
     if (refusal := products.find_refusal()) is not None:
         parser.exit(2, f"error: oneDNN's products cannot be timed: {refusal}\n")

@@ -73,9 +73,10 @@ def _folders(output: Path) -> list[tuple[str, int, Path]]:
 
 
 def _brief(record: dict[str, Any]) -> dict[str, Any]:
-    """What a training was, with its log's last line in the place of all."""
+    """What a training was, with the first and the last line of its log in the place of all."""
     logged = [each for each in record["log"] if "loss" in each]
-    return record | {"log": logged[-1] if logged else {}}
+    first, last = (logged[0], logged[-1]) if logged else ({}, {})
+    return record | {"first_log": first, "log": last}
 
 
 def _text(folders: list[tuple[str, int, Path]]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 COMMANDS = {
-    "train": "train a model; without arguments, a small built-in one on a built-in task (minutes on a laptop)",
+    "train": "train a model; without arguments, a small built-in one on a built-in task (half a minute on a laptop)",
     "generate": "continue prompts, with a thought before every token",
     "chat": "talk to a trained model",
     "merge": "add trained adapters (LoRA) to their base: a folder with an ordinary model",

@@ -93,7 +93,7 @@ def pretrained_model(
     tokenizer: PreTrainedTokenizerFast | None = None,
     measure: Measure | None = None,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The pre-trained decoder and its tokenizer: from the cache, or trained now (about a minute on two cores).
+    """The pre-trained decoder and its tokenizer: from the cache, or trained now, in seconds at its defaults.
 
     Args:
         cache_dir: folder that holds models of any settings side by side; made where it is missing.

@@ -40,11 +40,13 @@ def test_a_gain_is_the_mean_difference_and_none_where_the_weight_is_0(sources):
     before, found = scores_by_weight(sources, [0.0, 0.5])
     names, differences = gains(before, found)
     assert names[0] == "all" and len(names) == 5
-    assert differences[0.0].means[0] == 0
-    expected = (found[0.5].after.double() - before.without.double()).mean().item()
-    assert differences[0.5].means[0] == pytest.approx(expected, abs=1e-9) and abs(expected) > 1e-4
-    low, high = differences[0.5].intervals[0]
-    assert low <= differences[0.5].means[0] <= high
+    for reads in ("its thoughts", "random tokens"):
+        assert differences[reads, 0.0].means[0] == 0
+        half = differences[reads, 0.5]
+        expected = (found[reads, 0.5].after.double() - before.without.double()).mean().item()
+        assert half.means[0] == pytest.approx(expected, abs=1e-9) and abs(expected) > 1e-4
+        assert half.intervals[0].low <= half.means[0] <= half.intervals[0].high
+    assert differences["its thoughts", 0.5].means != differences["random tokens", 0.5].means
 
 
 def test_the_command_writes_what_it_prints(sources, tmp_path, capsys):
@@ -53,10 +55,26 @@ def test_the_command_writes_what_it_prints(sources, tmp_path, capsys):
     assert constant_weights.main([*flags, "--weights", "0.5", "1"]) == 0
     record, table = json.loads((folder / "weights.json").read_text()), (folder / "weights.md").read_text()
     assert capsys.readouterr().out.strip() == table.strip()
-    assert list(record["weights"]) == ["0.5", "1.0"] and record["settings"]["thought_tokens"] == 2
-    mean = record["weights"]["1.0"]["mean"][0]
-    assert f"| 1 | {mean:+.3f} [" in table and mean != record["weights"]["0.5"]["mean"][0]
-    assert record["tokens"] > 0
+    assert record["settings"]["thought_tokens"] == 2 and record["tokens"] > 0
+    found = {(each["reads"], each["weight"]): each["mean"][0] for each in record["gains"]}
+    assert list(found) == [(reads, weight) for weight in (0.5, 1.0) for reads in ("its thoughts", "random tokens")]
+    for (reads, weight), mean in found.items():
+        assert f"| {weight:g} | {reads} | {mean:+.3f} [" in table
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--weights", "nan"], "a weight is 'nan', but it must be a finite number"),
+        (["--held-out", "1"], "held_out is 1, but it must be at least 2"),
+        (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_name(sources, tmp_path, capsys, flags, said):
+    usual = ["--model", sources.model, "--dataset", sources.dataset, "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        constant_weights.main([*usual, *flags])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_settings_of_training_are_refused(capsys):

@@ -29,9 +29,9 @@ def package(tmp_path, monkeypatch):
 
 @pytest.fixture
 def gsm8k(tmp_path):
-    rows = [{"question": "2 and 3?", "answer": "It is 2+3=<<2+3=5>>5.\n#### 5"}]
+    row = {"question": "2\u2028and 3?", "answer": "It is 2+3=<<2+3=5>>5.\n#### 5"}
     path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    path.write_text((json.dumps(row, ensure_ascii=False) + "\n") * 2, encoding="utf-8")
     return path
 
 
@@ -42,28 +42,31 @@ def texts(path):
 def test_each_long_docstring_and_each_problem_stand_there_once_by_their_hash(package, gsm8k, tmp_path, capsys):
     path = tmp_path / "maths.jsonl"
     assert maths_text.main([str(path), "--gsm8k", str(gsm8k)]) == 0
-    expected = {f"{LONG}module", f"{LONG}class", "2 and 3?\nIt is 2+3=5.\nThe answer is 5."}
+    expected = {f"{LONG}module", f"{LONG}class", "2\u2028and 3?\nIt is 2+3=5.\nThe answer is 5."}
     assert texts(path) == sorted(expected, key=lambda text: hashlib.sha256(f"order{text}".encode()).hexdigest())
     assert capsys.readouterr().out == f"2 docstrings and 1 problems: {path}\n"
     maths_text.main([str(path)])
     assert len(texts(path)) == 2
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"question": "2?"}', '{"question": "2?", "answer": "5"}'])
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[1]", '{"question": "2?"}', '{"question": "2?", "answer": "5"}', '{"question": null, "answer": "#### 5"}'],
+)
 def test_a_file_of_another_kind_is_refused_and_nothing_is_written(package, tmp_path, capsys, line):
     file = tmp_path / "other.jsonl"
     file.write_text(line + "\n")
     with pytest.raises(SystemExit) as stopped:
         maths_text.main([str(tmp_path / "maths.jsonl"), "--gsm8k", str(file)])
     assert stopped.value.code == 2 and not (tmp_path / "maths.jsonl").exists()
-    assert f"line 1 of {file} is {line!r}, but it must be" in capsys.readouterr().err
+    assert f"gsm8k is {str(file)!r}, whose line 1 is {line!r}, but it must be" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(maths_text, "PACKAGES", ("no_such_package",))
     with pytest.raises(SystemExit):
         maths_text.main([str(tmp_path / "maths.jsonl")])
-    assert "package is 'no_such_package', but it is not installed" in capsys.readouterr().err
+    assert "no_such_package is not installed" in capsys.readouterr().err
 
 
 def test_what_pytorch_brings_along_is_prose():

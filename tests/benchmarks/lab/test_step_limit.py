@@ -46,3 +46,19 @@ def test_the_table_says_what_was_measured(monkeypatch, capsys):
     monkeypatch.setattr(step_limit, "seconds", lambda *step: next(clock))
     step_limit.main()
     assert capsys.readouterr().out.splitlines()[-1] == "| 8 | 4.00 | 2.00 (2.0x) | 1.00 (4.0x) | 0.50 (8.0x) |"
+
+
+@pytest.mark.skipif(products.find_refusal() is not None, reason="this PyTorch cannot call oneDNN")
+def test_every_product_is_timed_as_often_as_a_step_makes_it(monkeypatch):
+    shapes = []
+    monkeypatch.setattr(step_limit, "bare_products", lambda length: iter([(10, 6, 20), (4, 3, 8)]))
+    monkeypatch.setattr(step_limit, "seconds", lambda call, a, b: shapes.append((*a.shape, *b.shape)) or 0.5)
+    assert step_limit.time_products(9) == 10 * 0.5 + 4 * 0.5
+    assert shapes == [(6, 64, 20, 64), (64, 6, 20, 6), (3, 64, 8, 64), (64, 3, 8, 3)]
+
+
+def test_counts_below_one_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["step_limit", "8", "--rounds", "0"])
+    with pytest.raises(SystemExit):
+        step_limit.main()
+    assert "--rounds: it is 0, but it must be at least 1" in capsys.readouterr().err

@@ -69,37 +69,45 @@ def test_float32_is_as_exact_as_by_flash_attention(monkeypatch):
         assert_close(x, right, gradient=place > 1, name=f"result {place}")
     monkeypatch.setattr(own, "MOST_TOKENS", 0)
     for x, by_flash, right in zip(ours, results(case, torch.float32, "torch"), exact, strict=True):
-        assert (x - right).norm() <= 1.5 * (by_flash - right).norm()
+        assert (x - right).norm() <= 3 * (by_flash - right).norm()
 
 
 def test_later_tokens_and_other_thoughts_have_no_influence():
-    """Bit for bit, on outputs and on the gradients of what does not see them."""
+    """Bit for bit, on outputs, and on the gradients of all that is read."""
     case = AttentionCase(positions=7, rationales=2, tokens=5, width=16, value_width=16)
     inputs = attention_inputs(case, torch.float32)
+    hidden = slice(4, 6)  # the last two tokens of the first thought at every position
 
-    def outputs(changed: bool):
-        q, k, v = (x.detach().clone() for x in inputs[:3])
-        if changed:  # the last two tokens of the first thought at every position
-            for x in (k, v):
-                x[:, :, :, 4:6] = 1e3
-        leaf = q.requires_grad_()
-        out = thought_attention(leaf, k, v, rationales=2, backend="torch")
+    def found(changed: bool) -> list[torch.Tensor]:
+        leaves = [x.detach().clone() for x in inputs[:3]]
+        if changed:
+            for x in leaves[1:]:
+                x[:, :, :, hidden] = 1e3
+        leaves = [x.requires_grad_() for x in leaves]
+        out = thought_attention(*leaves, rationales=2, backend="torch")
         seen = [out[..., :4, :], out[..., 6:, :]]
-        [grad] = torch.autograd.grad(sum(x.sum() for x in seen), [leaf])
-        return [*seen, grad]
+        grads = torch.autograd.grad(sum(x.square().sum() for x in seen), leaves)
+        assert not any(grad[:, :, :, hidden].any() for grad in grads)
+        return [*seen, *grads]
 
-    for x, same in zip(outputs(False), outputs(True), strict=True):
+    results = found(False)
+    assert all(x.any() for x in results)
+    for x, same in zip(results, found(True), strict=True):
         assert torch.equal(x, same)
 
 
 def test_parts_of_a_grid_go_the_same_way(called):
+    """With their gradients: those of the thoughts are the packed op's, since no other position reads them."""
     case = AttentionCase(positions=9, rationales=2, tokens=4, width=16, value_width=16)
-    q, k, v = (x.detach() for x in attention_inputs(case, torch.float64)[:3])
-    whole = thought_attention(q, k, v, rationales=2, backend="torch")
+    leaves = [x.detach().requires_grad_() for x in attention_inputs(case, torch.float64)[:3]]
+    whole = thought_attention(*leaves, rationales=2, backend="torch")[:, :, 3:, 1:].unflatten(3, (2, 4))
+    do = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = [x[:, :, 3:, 1:].unflatten(3, (2, 4)) for x in torch.autograd.grad(whole, leaves, do)]
     called.clear()
-    texts = k[:, :, :, 0], v[:, :, :, 0]
-    mine = (x[:, :, 3:, 1:].unflatten(3, (2, 4)) for x in (q, k, v))
-    q_part, *caches = mine
-    part = thought_attention_part(q_part, *texts, *caches, backend="torch")
-    assert called
-    torch.testing.assert_close(part, whole[:, :, 3:, 1:].unflatten(3, (2, 4)), rtol=0, atol=1e-12)
+    q, *caches = (x.detach()[:, :, 3:, 1:].unflatten(3, (2, 4)).contiguous().requires_grad_() for x in leaves)
+    texts = (x.detach()[:, :, :, 0] for x in leaves[1:])
+    part = thought_attention_part(q, *texts, *caches, backend="torch")
+    grads = torch.autograd.grad(part, [q, *caches], do)
+    assert len(called) == 4  # two rationales, forward and backward
+    for x, right in zip((part, *grads), (whole, *expected), strict=True):
+        torch.testing.assert_close(x, right, rtol=0, atol=1e-12)

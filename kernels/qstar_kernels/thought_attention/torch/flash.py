@@ -179,7 +179,7 @@ def by_position(x: Tensor) -> Tensor:
 
 
 def attend_own(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(positions, out, lse) of the slots of one rationale [B, H, N, T, D], some positions after the other, or all."""
+    """(positions, out, lse) of the slots of one rationale [B, H, N, T, D], a block of positions at a time, or all."""
     if own.serves(q):
         yield from own.attend(q, k, v, scale)
         return
@@ -194,9 +194,10 @@ def attend_own_backward(do, out, lse, q, k, v, scale: float, dq: Tensor, dk: Ten
         own.attend_backward(do, out, lse, q, k, v, scale, dq, dk, dv)
         return
     parts = flash_backward(*(by_position(x) for x in (do, out, lse, q, k, v)), scale)
-    for x, part in zip((dq, dk, dv), parts, strict=True):
-        part = part.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
-        x.copy_(part) if x is not dq else x.add_(part)
+    dq_own, dk_own, dv_own = (x.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for x in parts)
+    dq.add_(dq_own)
+    dk.copy_(dk_own)
+    dv.copy_(dv_own)
 
 
 def rationale_slots(first: int, slots: int, tokens: int) -> list[slice]:

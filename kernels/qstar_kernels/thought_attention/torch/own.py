@@ -19,7 +19,7 @@ NUMBERS = 2**18  # of the queries at once, about: what is made of them stays in 
 
 
 def serves(q: Tensor) -> bool:
-    """Whether the slots of a rationale, q [B, Hq, N, T, D], are read faster so."""
+    """Whether the slots of a rationale, q [B, Hq, N, T, D], go faster so than by flash attention."""
     return q.device.type == "cpu" and q.shape[3] <= MOST_TOKENS
 
 
@@ -35,17 +35,18 @@ class Block:
         return rows.permute(0, 3, 1, 2, 4, 5).reshape(-1, rows.shape[2] * rows.shape[4], rows.shape[5])
 
     def place(self, x: Tensor, like: Tensor) -> Tensor:
-        """Matrices [B*n*Hkv, rows, D] as they lie in ``like`` [B, H, N, T, ...], [B, H, n, T, D], a view."""
+        """Matrices [B*n*Hkv, rows, D] back to [B, H, n, T, D], a view; ``like`` [B, H, N, T, ...] gives B, H and T."""
         batch, heads, _, tokens = like.shape[:4]
         rows = x.view(batch, -1, self.kv_heads, heads // self.kv_heads, tokens, x.shape[-1])
         return rows.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
 
-    def scores(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-        """Of matrices of queries [M, rows, D] and keys [M, T, D], [M, rows, T]."""
-        tokens = keys.shape[1]
-        future = torch.ones(tokens, tokens, dtype=torch.bool, device=keys.device).triu(1)
-        scores = torch.baddbmm(keys.new_zeros(()), queries, keys.mT, beta=0, alpha=scale)
-        return scores.masked_fill_(future.repeat(queries.shape[1] // tokens, 1), -torch.inf)
+
+def scores_of(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Of matrices [M, rows, D] of queries and [M, T, D] of keys, [M, rows, T]: -inf where the key is a later token."""
+    tokens = keys.shape[1]
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device=keys.device).triu(1)
+    scores = torch.baddbmm(keys.new_zeros(()), queries, keys.mT, beta=0, alpha=scale)
+    return scores.masked_fill_(future.repeat(queries.shape[1] // tokens, 1), -torch.inf)
 
 
 def blocks(q: Tensor, k: Tensor) -> Iterator[Block]:
@@ -57,9 +58,9 @@ def blocks(q: Tensor, k: Tensor) -> Iterator[Block]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(positions, out [B, Hq, n, T, D], lse [B, Hq, n, T]) of some positions after the other."""
+    """(positions, out [B, Hq, n, T, D], lse [B, Hq, n, T]), a block of positions at a time."""
     for block in blocks(q, k):
-        scores = block.scores(block.matrices(q), block.matrices(k), scale)
+        scores = scores_of(block.matrices(q), block.matrices(k), scale)
         lse = scores.logsumexp(-1, keepdim=True)
         out = torch.bmm(scores.sub_(lse).exp_(), block.matrices(v))
         yield block.here, block.place(out, q), block.place(lse, q)[..., 0]
@@ -69,7 +70,7 @@ def attend_backward(do, out, lse, q, k, v, scale: float, dq: Tensor, dk: Tensor,
     """Add to dq, and fill dk and dv; out and lse [B, Hq, N, T] may be those of further keys as well."""
     for block in blocks(q, k):
         queries, keys, values, d_out = (block.matrices(x) for x in (q, k, v, do))
-        weights = block.scores(queries, keys, scale).sub_(block.matrices(lse[..., None])).exp_()
+        weights = scores_of(queries, keys, scale).sub_(block.matrices(lse[..., None])).exp_()
         delta = (d_out * block.matrices(out)).sum(-1, keepdim=True)
         d_scores = torch.baddbmm(delta, d_out, values.mT, beta=-1).mul_(weights)
         here = block.here
