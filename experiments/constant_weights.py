@@ -59,11 +59,12 @@ def scores_by_weight(sources: Sources, weights: Sequence[float]) -> tuple[TextSc
     head: Any = model.qstar_mixing_head
     with precision(sources):
         before = score_text(model, sources.held_out_batches, max_grid_tokens=limit)
-        shapes = [(len(each), each.shape[1]) for each in before.thoughts]
-        read = {ITS_THOUGHTS: before.thoughts, RANDOM: random_tokens(model, sources.tokenizer, shapes, 0)}
-        found = {}
-        for weight in weights:
-            hold_weight(head, weight)
+    shapes = [(len(each), each.shape[1]) for each in before.thoughts]
+    read = {ITS_THOUGHTS: before.thoughts, RANDOM: random_tokens(model, sources.tokenizer, shapes, 0)}
+    found = {}
+    for weight in weights:
+        hold_weight(head, weight)
+        with precision(sources):  # entered anew: autocast keeps the weights that it has rounded until it is left
             for name, thoughts in read.items():
                 options: Any = dict(thoughts=thoughts, max_grid_tokens=limit)
                 found[name, weight] = score_text(model, sources.held_out_batches, **options)

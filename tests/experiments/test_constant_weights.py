@@ -49,6 +49,19 @@ def test_a_gain_is_the_mean_difference_and_none_where_the_weight_is_0(sources):
     assert differences["its thoughts", 0.5].means != differences["random tokens", 0.5].means
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_nothing_is_left_of_the_head_that_was_there(sources, bf16):
+    """Also by autocast, which keeps rounded weights."""
+    sources.settings.eval_bf16 = bf16
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)  # of the head's first layers
+        _, found = scores_by_weight(sources, [1.0])
+        results.append([found[reads, 1.0].after for reads in ("its thoughts", "random tokens")])
+    for x, same in zip(*results, strict=True):
+        assert torch.equal(x, same)
+
+
 def test_the_command_writes_what_it_prints(sources, tmp_path, capsys):
     folder = tmp_path / "out"
     flags = ["--model", sources.model, "--dataset", sources.dataset, "--output-dir", str(folder), *FLAGS]
