@@ -8,7 +8,6 @@ import torch
 from qstar_kernels import thought_attention, thought_attention_part
 from qstar_kernels.testing import AttentionCase, assert_close, attention_inputs
 
-flash = import_module("qstar_kernels.thought_attention.torch.flash")
 own = import_module("qstar_kernels.thought_attention.torch.own")
 
 CASES = {
