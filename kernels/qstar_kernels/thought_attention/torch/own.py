@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MOST_TOKENS = 32  # with more, flash attention is as fast
-NUMBERS = 2**18  # of the queries at once, about: what is made of them stays in the caches
+NUMBERS = 2**19  # of the queries at once, about: what is made of them stays in the caches
 
 
 def serves(q: Tensor) -> bool:
@@ -42,11 +42,11 @@ class Block:
 
 
 def scores_of(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Of matrices [M, rows, D] of queries and [M, T, D] of keys, [M, rows, T]: -inf where the key is a later token."""
+    """Of matrices [M, rows, D] of queries and [M, T, D] of keys, [M, T, rows]: -inf where the key is a later token."""
     tokens = keys.shape[1]
-    future = torch.ones(tokens, tokens, dtype=torch.bool, device=keys.device).triu(1)
-    scores = torch.baddbmm(keys.new_zeros(()), queries, keys.mT, beta=0, alpha=scale)
-    return scores.masked_fill_(future.repeat(queries.shape[1] // tokens, 1), -torch.inf)
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device=keys.device).tril(-1)
+    scores = torch.baddbmm(keys.new_zeros(()), keys, queries.mT, beta=0, alpha=scale)
+    return scores.masked_fill_(future.repeat(1, queries.shape[1] // tokens), -torch.inf)
 
 
 def blocks(q: Tensor, k: Tensor) -> Iterator[Block]:
@@ -61,19 +61,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[slic
     """(positions, out [B, Hq, n, T, D], lse [B, Hq, n, T]), a block of positions at a time."""
     for block in blocks(q, k):
         scores = scores_of(block.matrices(q), block.matrices(k), scale)
-        lse = scores.logsumexp(-1, keepdim=True)
-        out = torch.bmm(scores.sub_(lse).exp_(), block.matrices(v))
-        yield block.here, block.place(out, q), block.place(lse, q)[..., 0]
+        largest = scores.amax(1, keepdim=True)
+        weights = scores.sub_(largest).exp_()
+        total = weights.sum(1, keepdim=True)
+        out = torch.bmm(weights.div_(total).mT, block.matrices(v))
+        lse = total.log_().add_(largest)
+        yield block.here, block.place(out, q), block.place(lse.mT, q)[..., 0]
 
 
 def attend_backward(do, out, lse, q, k, v, scale: float, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Add to dq, and fill dk and dv; out and lse [B, Hq, N, T] may be those of further keys as well."""
     for block in blocks(q, k):
         queries, keys, values, d_out = (block.matrices(x) for x in (q, k, v, do))
-        weights = scores_of(queries, keys, scale).sub_(block.matrices(lse[..., None])).exp_()
+        weights = scores_of(queries, keys, scale).sub_(block.matrices(lse[..., None]).mT).exp_()
         delta = (d_out * block.matrices(out)).sum(-1, keepdim=True)
-        d_scores = torch.baddbmm(delta, d_out, values.mT, beta=-1).mul_(weights)
+        d_scores = torch.baddbmm(delta.mT, values, d_out.mT, beta=-1).mul_(weights)
         here = block.here
-        dq[:, :, here].add_(block.place(torch.bmm(d_scores, keys), q), alpha=scale)
-        dk[:, :, here] = block.place(torch.bmm(d_scores.mT, queries).mul_(scale), k)
-        dv[:, :, here] = block.place(torch.bmm(weights.mT, d_out), v)
+        dq[:, :, here].add_(block.place(torch.bmm(d_scores.mT, keys), q), alpha=scale)
+        dk[:, :, here] = block.place(torch.bmm(d_scores, queries).mul_(scale), k)
+        dv[:, :, here] = block.place(torch.bmm(weights, d_out), v)
