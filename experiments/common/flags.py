@@ -32,7 +32,7 @@ def job_flags(about: str | None, *, seeds: Sequence[int], folder: str) -> argpar
     flags.add_argument("rung", nargs="?", choices=list(TASKS), help="the task")
     flags.add_argument("--seeds", type=int, nargs="+", default=list(seeds), metavar="S")
     flags.add_argument("--output-dir", type=Path, default=Path(folder), metavar="FOLDER")
-    flags.add_argument("--processes", type=int, default=1, metavar="N", help="seeds worked on at a time, one core each")
+    flags.add_argument("--processes", type=int, default=1, metavar="N", help="worked on at a time, one core each")
     flags.add_argument("--minutes", type=float, metavar="M", help="begin nothing after so many")
     flags.add_argument("--problems", type=int, default=500, metavar="N", help="that are asked")
     flags.add_argument("--split", choices=["validation", "test"], default="test", help="validation to choose settings")

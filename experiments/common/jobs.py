@@ -161,13 +161,13 @@ def pretrained(task: Task, seed: int) -> tuple[LlamaForCausalLM, PreTrainedToken
 
 
 def run_jobs(jobs: Iterable[Job], folder: Path, deadline: Deadline, processes: int = 1) -> int:
-    """Do what has no result in ``folder`` yet, the jobs of a seed one after the other in one process.
+    """Do what has no result in ``folder`` yet: first a job of each seed, which makes its decoder, then all others.
 
     Args:
         jobs: what there is to do.
         folder: holds a folder of results for each seed.
         deadline: after which no job is begun any more.
-        processes: seeds that are worked on at a time.
+        processes: jobs that are worked on at a time.
 
     Returns:
         How many jobs are left.
@@ -176,11 +176,12 @@ def run_jobs(jobs: Iterable[Job], folder: Path, deadline: Deadline, processes: i
         ValueError: a result that is there is of other settings.
     """
     by_seed = [list(each) for _, each in groupby(sorted(jobs, key=lambda job: job.seed), key=lambda job: job.seed)]
+    stages = [first for first, *_ in by_seed], [job for _, *others in by_seed for job in others]
     work = partial(_do, folder=folder, deadline=deadline)
     if processes == 1:
-        return sum(map(work, by_seed))
+        return sum(sum(map(work, stage)) for stage in stages)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return sum(pool.map(work, by_seed))
+        return sum(sum(pool.map(work, stage)) for stage in stages)
 
 
 def result_path(folder: Path, seed: int, name: str) -> Path:
@@ -188,16 +189,16 @@ def result_path(folder: Path, seed: int, name: str) -> Path:
     return folder / f"seed-{seed}" / f"{name}.json"
 
 
-def _do(jobs: list[Job], folder: Path, deadline: Deadline) -> int:
+def _do(job: Job, folder: Path, deadline: Deadline) -> bool:
+    """Whether it is left, for want of time."""
     command = parent_process()
-    for number, job in enumerate(jobs):
-        if deadline.left() <= 0 or (command is not None and not command.is_alive()):  # it was killed
-            return len(jobs) - number
-        found = result_of(result_path(folder, job.seed, job.name), job.settings, job.result)
-        rows = found["result"]["rows"]
-        told = ", ".join(f"{name} {row['right'].count('1') / len(row['right']):.1%}" for name, row in rows.items())
-        print(f"{job.task}, seed {job.seed}, {job.name} ({found['seconds']:.0f} s): {told}", flush=True)
-    return 0
+    if deadline.left() <= 0 or (command is not None and not command.is_alive()):  # it was killed
+        return True
+    found = result_of(result_path(folder, job.seed, job.name), job.settings, job.result)
+    rows = found["result"]["rows"]
+    told = ", ".join(f"{name} {row['right'].count('1') / len(row['right']):.1%}" for name, row in rows.items())
+    print(f"{job.task}, seed {job.seed}, {job.name} ({found['seconds']:.0f} s): {told}", flush=True)
+    return False
 
 
 def _record(exam: Exam, answers: Answers) -> dict[str, Any]:

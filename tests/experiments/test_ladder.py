@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -164,6 +166,30 @@ def test_nothing_is_begun_after_the_limit(tmp_path, capsys):
     assert ladder.main([*FLAGS, "base", "plain", "--output-dir", str(tmp_path), "--minutes", "0"]) == 0
     assert "2 of 2 are left: the same command goes on" in capsys.readouterr().out
     assert not (tmp_path / "digits" / "seed-1").exists()
+
+
+def test_two_at_a_time_begin_with_a_job_of_each_seed(tmp_path, monkeypatch):
+    """Whatever comes behind finds the decoder of its seed, and the others of one seed are done side by side."""
+    done, pair = [], threading.Barrier(2, timeout=30)
+
+    def result(job: Job) -> dict:
+        if job.name != "pause":  # which comes alone
+            pair.wait()
+        done.append(job.name)
+        return dict(problem_steps=[5], rows={NO_THOUGHTS: dict(right="1", log_prob=[-1.0])})
+
+    monkeypatch.setattr(Job, "result", result)
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    flags = ["digits", "--seeds", "1", "2", "--processes", "2", "--output-dir", str(tmp_path), "--variants"]
+    assert ladder.main([*flags, "base", "plain"]) == 0
+    assert done == ["base", "base", "plain", "plain"]
+    assert ladder.main([*flags, "base", "plain", "pause", "--seeds", "1"]) == 0
+    assert done[4:] == ["pause"]
+    assert {row.variant: sorted(row.answers) for row in read_rows(tmp_path / "digits")} == {
+        "base": [1, 2],
+        "plain": [1, 2],
+        "pause": [1],
+    }
 
 
 def test_the_summary_is_of_what_is_there(folder):
