@@ -25,6 +25,14 @@ SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids
 OPTIONS = dict(max_steps=5, save_strategy="steps", save_steps=100, learning_rate=1e-2)
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Python's own answer to Ctrl-C, which is missing where the tests run in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def told_in_step(monkeypatch, number: int, steps: list[int], at: int, times: int = 1) -> None:
     """Have this process send itself the signal while it computes step ``at``; ``steps`` gathers those computed."""
     compute = QuietStarTrainer.compute_loss
