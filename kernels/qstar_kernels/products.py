@@ -3,7 +3,8 @@
     torch      what PyTorch takes itself, MKL where it is built with it
     onednn     oneDNN, which is in the same PyTorch
 
-On AMD processors with AVX-512 MKL reaches less than half of what oneDNN does. The choice is a rule that was measured,
+On AMD processors whose units take whole vectors of AVX-512 (family 26, Zen 5) MKL reaches less than half of what oneDNN
+does; on those that take halves (family 25, Zen 4) it reaches as much. The choice is a rule that was measured,
 never the outcome of a timing: that differs from process to process, and results would differ with it. PyTorch has no
 switch that asks for oneDNN with exact products (``torch.backends.mkldnn.matmul.fp32_precision`` allows it only together
 with less precise ones), so its private operator is called; where that is missing, PyTorch's own choice stays.
@@ -13,8 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import platform
+import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +40,7 @@ PRIVATE = (  # what is called here of PyTorch without a promise that it stays
 )
 LAYERS = (F.linear, torch.addmm)  # what layers call: those of GPT-2 and its like the second
 LEAST_WORK = 2**22  # multiply-adds of a product: with fewer, a call costs about what it saves
+WHOLE_VECTORS = 26  # the first family of AMD's processors that multiply 512 bits at a time
 LEAST_SIZE = 8  # rows and columns of its factors: with fewer, the product waits for memory by either library
 
 # Of this thread, or of whatever else runs by itself: a setting of one is none of the others'.
@@ -98,9 +103,19 @@ def automatic() -> Library:
         return Library("torch", "this PyTorch is built without MKL, the only one that oneDNN has been measured beside")
     found = torch.cpu.get_capabilities()
     processor = found.get("cpu_name", "an unknown processor")
-    if processor.startswith("AMD") and found.get("avx512_f", False):
-        return Library("onednn", f"{processor} with AVX-512, where it is twice as fast as MKL on large products")
-    return Library("torch", f"oneDNN has been measured to be faster on AMD processors with AVX-512, not on {processor}")
+    if processor.startswith("AMD") and found.get("avx512_f", False) and (family := processor_family()):
+        if family >= WHOLE_VECTORS:
+            reason = f"{processor} of family {family}, where it is twice as fast as MKL on large products"
+            return Library("onednn", reason)
+        return Library("torch", f"{processor} of family {family}, where MKL is as fast as oneDNN")
+    return Library("torch", f"oneDNN has been measured to be faster on AMD processors of family 26, not on {processor}")
+
+
+def processor_family() -> int | None:
+    """The number of its maker's processors that this one is built like, as Linux and Windows tell it."""
+    told = Path("/proc/cpuinfo")
+    found = re.search(r"family\D+(\d+)", told.read_text() if told.exists() else platform.processor(), re.IGNORECASE)
+    return int(found[1]) if found else None
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> Library:

@@ -223,22 +223,43 @@ def test_a_torch_without_the_operator_keeps_to_its_own(monkeypatch, calls):
 
 
 @pytest.mark.parametrize(
-    ("processor", "avx512", "mkl", "chosen"),
+    ("processor", "avx512", "family", "mkl", "chosen"),
     [
-        ("AMD EPYC", True, True, "onednn"),
-        ("AMD Ryzen 9 9950X", True, True, "onednn"),
-        ("AMD EPYC", True, False, "torch"),
-        ("AMD EPYC 7763", False, True, "torch"),
-        ("Intel Xeon Platinum 8488C", True, True, "torch"),
-        (None, None, True, "torch"),
+        ("AMD EPYC", True, 26, True, "onednn"),
+        ("AMD Ryzen 9 9950X", True, 27, True, "onednn"),
+        ("AMD EPYC", True, 25, True, "torch"),
+        ("AMD EPYC", True, None, True, "torch"),
+        ("AMD EPYC", True, 26, False, "torch"),
+        ("AMD EPYC 7763", False, 25, True, "torch"),
+        ("Intel Xeon Platinum 8488C", True, 6, True, "torch"),
+        (None, None, None, True, "torch"),
     ],
 )
-def test_only_machines_that_were_measured_change_the_library(monkeypatch, processor, avx512, mkl, chosen):
+def test_only_machines_that_were_measured_change_the_library(monkeypatch, processor, avx512, family, mkl, chosen):
     found = {} if processor is None else {"cpu_name": processor, "avx512_f": avx512}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(products, "processor_family", lambda: family)
     library = products.automatic.__wrapped__()
     assert library.name == chosen and (not mkl or (processor or "an unknown processor") in library.reason)
+
+
+@pytest.mark.parametrize(
+    ("linux", "windows", "family"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n", "", 26),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", "", None),
+        (None, "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", 25),
+        (None, "", None),
+    ],
+)
+def test_the_family_of_a_processor_is_read_where_systems_tell_it(monkeypatch, tmp_path, linux, windows, family):
+    told = tmp_path / "cpuinfo"
+    if linux is not None:
+        told.write_text(linux)
+    monkeypatch.setattr(products, "Path", lambda path: told)
+    monkeypatch.setattr(products.platform, "processor", lambda: windows)
+    assert products.processor_family() == family
 
 
 def test_what_is_explained_is_what_runs(calls):
