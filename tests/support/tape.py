@@ -29,11 +29,12 @@ class Tape(TorchDispatchMode):
 
     def replay(self) -> None:
         made = {}
-        for func, args, kwargs, recorded in self.calls:
-            args, kwargs = tree_map_only(torch.Tensor, lambda x: made.get(id(x), x), (args, kwargs))
-            results = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(recorded), tree_leaves(results), strict=True):
-                made[id(old)] = new
+        with torch.autocast("cpu", enabled=False):  # its casts are among the calls
+            for func, args, kwargs, recorded in self.calls:
+                args, kwargs = tree_map_only(torch.Tensor, lambda x: made.get(id(x), x), (args, kwargs))
+                results = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(recorded), tree_leaves(results), strict=True):
+                    made[id(old)] = new
 
 
 def capture_on_tape(call: Callable[[], None], model: torch.nn.Module, device: torch.device) -> Callable[[], None]:
