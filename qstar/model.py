@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -147,7 +148,10 @@ class QuietStarModel(_Decoder):
         """What every layer reads of the tokens beside their embeddings, in models that have such a thing."""
         if not getattr(self.config.get_text_config(decoder=True), "hidden_size_per_layer_input", None):
             return {}
-        return dict(per_layer_inputs=self.get_decoder().get_per_layer_inputs(tokens))
+        compute = self.get_decoder().get_per_layer_inputs
+        # Gemma 4 can do without tokens where it has the states, and under transformers 5.17 asks for both.
+        states: dict[str, None] = {"inputs_embeds": None} if "inputs_embeds" in signature(compute).parameters else {}
+        return dict(per_layer_inputs=compute(tokens, **states))
 
     def mix(self, base: Tensor, after: Tensor, base_index: Tensor) -> tuple[Tensor, Tensor]:
         """Base states mixed with what thoughts lead to, ``u + w (g - u)`` (paper, section 4.4).

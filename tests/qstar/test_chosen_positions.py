@@ -26,7 +26,7 @@ def thinking_model(family: str = "llama", checkpointed: bool = False, dtype: tor
     torch.manual_seed(5)
     torch.nn.init.normal_(model.qstar_mixing_head.output.weight, std=0.3)
     if checkpointed:
-        model.activation_checkpointing_enable(dict(use_reentrant=False))
+        tiny.checkpoint_layers(model, use_reentrant=False)
     return model.train()
 
 
@@ -326,7 +326,7 @@ def test_the_last_positions_of_chosen_ones_are_refused():
 
 def test_reentrant_checkpointing_is_refused_at_chosen_positions():
     model = thinking_model()
-    model.activation_checkpointing_enable(dict(use_reentrant=True))
+    tiny.checkpoint_layers(model, use_reentrant=True)
     with pytest.raises(
         ValueError, match=r"attends without gradients, as under use_reentrant=True: .*positions_per_row"
     ):

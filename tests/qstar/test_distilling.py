@@ -60,7 +60,7 @@ def test_what_saves_memory_changes_nothing(settings):
     for changed in ({}, settings):
         model = tiny.thinking_model("gpt2", dtype=torch.float64, thought_tokens=3, ahead_tokens=2)
         if changed.pop("checkpointing", False):
-            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+            tiny.checkpoint_layers(model, use_reentrant=False)
         output = Distillation(seed=5, **changed)(model.train(), tiny.text(2, 9))
         found.append((output, gradients(model, output.loss)))
     (whole, whole_gradients), (other, other_gradients) = found

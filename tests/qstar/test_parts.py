@@ -21,7 +21,7 @@ def thinking_model(family: str = "llama", checkpointed: bool = False, **changes)
     torch.manual_seed(5)
     torch.nn.init.normal_(model.qstar_mixing_head.output.weight, std=0.3)
     if checkpointed:
-        model.activation_checkpointing_enable(dict(use_reentrant=False))
+        tiny.checkpoint_layers(model, use_reentrant=False)
     return model.train()
 
 
@@ -96,7 +96,7 @@ def test_memory_holds_one_part():
 
 def test_reentrant_checkpointing_is_refused():
     model = thinking_model()
-    model.activation_checkpointing_enable(dict(use_reentrant=True))
+    tiny.checkpoint_layers(model, use_reentrant=True)
     with pytest.raises(ValueError, match="LlamaAttention attends without gradients, as under use_reentrant=True"):
         learned(model, max_grid_tokens=60)
 

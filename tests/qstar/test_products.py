@@ -105,9 +105,7 @@ def test_parts_are_computed_again_as_they_were_even_outside_of_the_setting():
 def test_checkpointed_layers_learn_the_same(reentrant):
     expected = learned(thinking_model())
     model = thinking_model()
-    new_name = hasattr(model, "activation_checkpointing_enable")  # from transformers 5.2x on
-    enable = model.activation_checkpointing_enable if new_name else model.gradient_checkpointing_enable
-    enable(dict(use_reentrant=reentrant))
+    tiny.checkpoint_layers(model, use_reentrant=reentrant)
     with cpu_products("onednn"):
         assert_alike(learned(model), expected)
 

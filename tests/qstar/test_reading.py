@@ -52,7 +52,7 @@ def test_checkpointing_changes_nothing():
 
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            tiny.checkpoint_layers(model)
         model.train()
         model.zero_grad()
         Objective()(model, tokens, thoughts=thoughts).loss.backward()

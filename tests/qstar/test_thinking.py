@@ -80,7 +80,7 @@ def test_thinking_leaves_the_mode_alone_and_works_with_checkpointing():
     model = tiny.thinking_model(thought_tokens=3, ahead_tokens=1)
     text, grid = Text.from_inputs(tiny.text(2, 6)), model.grid(6)
     expected = think(model, text, grid, temperature=0.0)
-    model.gradient_checkpointing_enable()
+    tiny.checkpoint_layers(model)
     model.train()
     assert torch.equal(think(model, text, grid, temperature=0.0), expected)
     assert model.training

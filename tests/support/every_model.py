@@ -128,7 +128,7 @@ def one_layer_of_each_kind(settings: dict) -> dict:
 
 
 def fresh_model(model_type: str) -> PreTrainedModel:
-    """A model as it is initialized, in ``eval()``."""
+    """A model as it is initialized, in ``eval()``, with attention that does all that its config asks for."""
     model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
     config_class = model_class.config_class
     config = config_class(**telling_values(config_class()) | tiny_values(config_class))
@@ -137,7 +137,10 @@ def fresh_model(model_type: str) -> PreTrainedModel:
     if count > MOST_PARAMETERS:
         raise ValueError(f"{model_type} has {count} parameters")
     torch.manual_seed(0)
-    return model_class(config).eval()
+    model = model_class(config).eval()
+    if getattr(config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # sdpa, which transformers 5.17 takes for Gemma 2, has no soft-cap
+    return model
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:

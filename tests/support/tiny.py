@@ -124,3 +124,9 @@ def random_thoughts(model, batch: int, positions: int, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, positions, model.qstar.rationales, model.qstar.thought_tokens)
     return torch.randint(4, len(WORDS), shape, generator=generator)
+
+
+def checkpoint_layers(model, **options) -> None:
+    """Compute the layers of ``model`` again in the backward; ``options`` are those of torch's ``checkpoint``."""
+    new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.17 has the old one alone
+    (new_name or model.gradient_checkpointing_enable)(options or None)
