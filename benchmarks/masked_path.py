@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from qstar.generation.naming import CACHE
 from qstar.learning import PAPER, Objective, advantages
 
 SAME = Objective(**PAPER, policy_weight=1.0)  # what ours is told to compute beside it
@@ -48,8 +49,8 @@ def masked_objective(
             inputs_embeds=model.embed(column),
             position_ids=ids.expand_as(copies),
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         ).last_hidden_state
 
     def logits(hidden: Tensor) -> Tensor:

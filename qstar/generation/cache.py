@@ -14,12 +14,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qstar.cache import ThoughtCache
 from qstar.generation.drafts import Guessing
+from qstar.generation.naming import CACHE
 from qstar.generation.text import TextSoFar
 from qstar.generation.thoughts import Predictions, Reader
 
 # What ``generate`` hands to any model and a pass needs not, or knows itself.
 UNNEEDED = (
-    *("past_key_values", "use_cache", "logits_to_keep", "position_ids", "cache_position", "return_dict"),
+    *(CACHE, "use_cache", "logits_to_keep", "position_ids", "cache_position", "return_dict"),
     "tokenizer",  # of stop strings
 )
 CURES = {"token_type_ids": ": ask the tokenizer for none, return_token_type_ids=False"}
@@ -145,7 +146,7 @@ class ThinkingCache(Cache):
                 elsewhere than on the left, or another than before.
         """
         if self.speaking is None:
-            raise ValueError("past_key_values is a ThinkingCache, which model.generate(think=True) reads alone")
+            raise ValueError(f"{CACHE} is a ThinkingCache, which model.generate(think=True) reads alone")
         for name, value in rest.items():
             if name not in UNNEEDED and value is not None and value is not False and value != {}:
                 cure = CURES.get(name, "")
@@ -156,18 +157,18 @@ class ThinkingCache(Cache):
             logits = speaking.reader.head.logits(speaking.reader.read(text)[:, -1])
         else:
             logits = speaking.next_logits(text)
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self)
+        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: self})
 
     def _take_in(self, tokens: Tensor, mask: Tensor | None, prompt_length: int) -> TextSoFar:
         before = self.text
         if before is not None and len(tokens) != len(before.tokens):
-            raise ValueError(f"past_key_values holds {len(before.tokens)} rows, but input_ids has {len(tokens)}")
+            raise ValueError(f"{CACHE} holds {len(before.tokens)} rows, but input_ids has {len(tokens)}")
         text = TextSoFar(tokens) if before is None else before.followed_by(tokens)
         if mask is None or (before is not None and before.length >= prompt_length):
             return text  # what is generated is never padding
         text = text.under(mask)
         if before is not None and not text.begins_with_padding_of(before):
-            raise ValueError("attention_mask must have the padding of the text that past_key_values holds")
+            raise ValueError(f"attention_mask must have the padding of the text that {CACHE} holds")
         if text.length >= prompt_length and text.padding is not None and int(text.padding.max()) == text.length:
             raise ValueError(f"attention_mask hides all of row {int(text.padding.argmax())}: there is no text to go on")
         return text
@@ -227,9 +228,14 @@ class ThinkingCache(Cache):
         """``generate`` does not take tokens back."""
         return False
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """The text in it is not given again, as it would be to layers that hold a state alone."""
+        return [False]
+
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: layers put nothing into it themselves."""
-        raise ValueError("past_key_values is a ThinkingCache, which model.generate(think=True) reads alone")
+        raise ValueError(f"{CACHE} is a ThinkingCache, which model.generate(think=True) reads alone")
 
     def crop(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: nothing is taken back."""

@@ -21,6 +21,7 @@ from qstar.generation.drafts import (
     FromText,
     Guessing,
 )
+from qstar.generation.naming import CACHE
 from qstar.generation.output import Output, ThinkingBeamOutput, ThinkingOutput, ThinkingReport, with_thoughts
 from qstar.generation.refusals import (
     asked_for,
@@ -63,7 +64,7 @@ class Call:
             config.update(**dict.fromkeys(FOR_GUESSES[1:]))
         self._streamer = arguments.get("streamer")
         thought_tokens = settings.thought_tokens or model.qstar.thought_tokens
-        past: ThinkingCache | None = self.arguments.pop("past_key_values", None)
+        past: ThinkingCache | None = self.arguments.pop(CACHE, None)
         self.cache = ThinkingCache(thought_tokens) if past is None else past
         self.cache.hold(thought_tokens)
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from qstar.generation.naming import CACHE
 from qstar.generation.text import TextSoFar
 from qstar.generation.thoughts import Reader
 from qstar.model import vocabulary_size
@@ -196,7 +197,7 @@ class FromAssistant:
         )
         device = self.assistant.device
         inputs = {name: None if value is None else value.to(device) for name, value in inputs.items()}
-        return self.assistant(**inputs, past_key_values=self._cache, use_cache=True).logits[:, -1]
+        return self.assistant(**inputs, use_cache=True, **{CACHE: self._cache}).logits[:, -1]
 
     @staticmethod
     def _common(read: Tensor, tokens: Tensor) -> int:

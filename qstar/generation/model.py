@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from qstar.generation.call import Call
+from qstar.generation.naming import CACHE, by_its_name
 from qstar.generation.refusals import check_without_thoughts, never_saying
 from qstar.generation.settings import GenerationSettings
 from qstar.heads import ThoughtAlone
@@ -42,7 +43,7 @@ class GeneratingModel(QuietStarModel):
         Before a token the model reads the text, thinks ``K`` tokens, mixes what they lead to with what it would have
         said without them, and forgets the thought: no token of one is ever in the text. Greedy decoding, sampling, beam
         search, every logits processor, streamers, stop strings, chunked prefill and left-padded batches work as without
-        thoughts; so does going on from a returned ``past_key_values``.
+        thoughts; so does going on from a returned ``cache``, which before transformers 5.24 is ``past_key_values``.
 
         A token takes ``K + 1`` passes. With ``drafts``, tokens to come are guessed and thought behind together, so that
         a right guess takes a pass or none. Guesses are the model's own without thoughts, or those of
@@ -80,6 +81,7 @@ class GeneratingModel(QuietStarModel):
             kwargs["inputs"] = inputs
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
+        kwargs = by_its_name(kwargs)
         if not (self.has_learned_to_think if think is None else think):
             check_without_thoughts(settings, output_thoughts, kwargs)
             with _under_way(None):
@@ -114,7 +116,7 @@ class GeneratingModel(QuietStarModel):
         call = self._call()
         if call is None:
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        model_kwargs["past_key_values"] = call.cache
+        model_kwargs[CACHE] = call.cache
         return None
 
     def _get_logits_processor(

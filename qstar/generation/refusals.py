@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from qstar.generation.cache import ThinkingCache
+from qstar.generation.naming import CACHE
 from qstar.generation.settings import GenerationSettings
 from qstar.model import QuietStarModel, long_rope_limit
 
@@ -56,10 +57,8 @@ def check_without_thoughts(settings: GenerationSettings, output_thoughts: bool, 
     if changed:
         hint = "" if settings.think is False else ": think=True thinks all the same"
         raise ValueError(f"{changed[0]} is given, but {why}, so that no thoughts are made{hint}")
-    if isinstance(arguments.get("past_key_values"), ThinkingCache):
-        raise ValueError(
-            f"past_key_values is from a generation with thoughts, but {why}: generate the text without a cache"
-        )
+    if isinstance(arguments.get(CACHE), ThinkingCache):
+        raise ValueError(f"{CACHE} is from a generation with thoughts, but {why}: generate the text without a cache")
 
 
 def asked_for(model: PreTrainedModel, arguments: dict[str, Any], name: str) -> Any:
@@ -102,7 +101,7 @@ def check_asked(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
         )
     if arguments.get("max_matching_ngram_size") and not asked_for(model, arguments, "prompt_lookup_num_tokens"):
         raise ValueError("max_matching_ngram_size is given, but prompt_lookup_num_tokens is not: no text is looked up")
-    check_past(arguments.get("past_key_values"), arguments.get("inputs", arguments.get("input_ids")))
+    check_past(arguments.get(CACHE), arguments.get("inputs", arguments.get("input_ids")))
 
 
 def check_past(past: object, inputs: Tensor | None) -> None:
@@ -115,16 +114,16 @@ def check_past(past: object, inputs: Tensor | None) -> None:
         return
     if not isinstance(past, ThinkingCache):
         raise ValueError(
-            f"past_key_values is a {type(past).__name__}, but it must be what an earlier generate(think=True) returned"
+            f"{CACHE} is a {type(past).__name__}, but it must be what an earlier generate(think=True) returned"
         )
     if past.text is None or inputs is None:
         return
     read = past.text.tokens
     if len(inputs) != len(read):
-        raise ValueError(f"inputs has {len(inputs)} rows, but past_key_values holds {len(read)}")
+        raise ValueError(f"inputs has {len(inputs)} rows, but {CACHE} holds {len(read)}")
     if inputs.shape[1] <= read.shape[1] or not inputs[:, : read.shape[1]].equal(read.to(inputs.device)):
         raise ValueError(
-            f"inputs has {inputs.shape[1]} tokens, but they must begin with the {read.shape[1]} that past_key_values "
+            f"inputs has {inputs.shape[1]} tokens, but they must begin with the {read.shape[1]} that {CACHE} "
             "holds, and go on"
         )
 

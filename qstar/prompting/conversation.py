@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qstar.classes import ThinkingModel
+from qstar.generation.naming import CACHE
 from qstar.generation.settings import GenerationSettings
 from qstar.generation.streaming import ThoughtStreamer
 from qstar.prompting.prompts import check_length
@@ -91,13 +92,13 @@ class Conversation:
             output = self.model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                past_key_values=past,
                 return_dict_in_generate=True,
                 streamer=streamer,
+                **{CACHE: past},
                 **asdict(self._thinking),
                 **self.decoding.arguments(self.model.generation_config, self.tokenizer, tokens.shape[1]),
             )
-            self._past = output.past_key_values
+            self._past = output[CACHE]
             self._read = output.sequences[:, : self._past.get_seq_length()]
         except KeyboardInterrupt:
             self.messages = [*messages, {"role": "assistant", "content": streamer.text}]

@@ -9,6 +9,7 @@ from spoken import generate, opinionated, packed_log_probs, padded
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from qstar.generation.naming import CACHE
 from qstar.generation.settings import GenerationSettings
 
 MODEL = opinionated("llama")
@@ -31,7 +32,7 @@ CANNOT_BE_RIGHT = {
     ),
     "a cache object": (
         dict(past_key_values=DynamicCache()),
-        "past_key_values is a DynamicCache, but it must be what an",
+        f"{CACHE} is a DynamicCache, but it must be what an",
     ),
     "no cache": (dict(use_cache=False), "use_cache is False, but a model that thinks needs the cache"),
     "a decoding of one's own": (
@@ -153,7 +154,7 @@ def test_a_wrong_setting_is_refused(name):
 def test_a_cache_that_does_not_fit_is_refused():
     output = generate(MODEL, PROMPT, max_new_tokens=4)
     cache, longer = output.past_key_values, torch.cat([output.sequences, PROMPT], dim=1)
-    with pytest.raises(ValueError, match="inputs has 1 rows, but past_key_values holds 2"):
+    with pytest.raises(ValueError, match=f"inputs has 1 rows, but {CACHE} holds 2"):
         MODEL.generate(longer[:1], past_key_values=cache)
     for wrong in (longer[:, :9], longer + 1, PROMPT):
         with pytest.raises(
@@ -162,9 +163,9 @@ def test_a_cache_that_does_not_fit_is_refused():
             MODEL.generate(wrong % 30, past_key_values=cache)
     hidden = torch.ones_like(longer)
     hidden[0, 0] = 0
-    with pytest.raises(ValueError, match="attention_mask must have the padding of the text that past_key_values holds"):
+    with pytest.raises(ValueError, match=f"attention_mask must have the padding of the text that {CACHE} holds"):
         MODEL.generate(longer, past_key_values=cache, attention_mask=hidden)
-    with pytest.raises(ValueError, match="past_key_values is from a generation with thoughts, but think is False"):
+    with pytest.raises(ValueError, match=f"{CACHE} is from a generation with thoughts, but think is False"):
         MODEL.generate(longer, past_key_values=cache, think=False)
     with pytest.raises(ValueError, match=r"ThinkingCache, which model.generate\(think=True\) reads alone"):
         MODEL(longer, past_key_values=cache)
