@@ -157,7 +157,8 @@ class ThinkingCache(Cache):
             logits = speaking.reader.head.logits(speaking.reader.read(text)[:, -1])
         else:
             logits = speaking.next_logits(text)
-        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: self})
+        cache: dict[str, Any] = {CACHE: self}
+        return CausalLMOutputWithPast(logits=logits[:, None], **cache)
 
     def _take_in(self, tokens: Tensor, mask: Tensor | None, prompt_length: int) -> TextSoFar:
         before = self.text

@@ -92,9 +92,9 @@ class Conversation:
             output = self.model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
+                past_key_values=past,
                 return_dict_in_generate=True,
                 streamer=streamer,
-                **{CACHE: past},
                 **asdict(self._thinking),
                 **self.decoding.arguments(self.model.generation_config, self.tokenizer, tokens.shape[1]),
             )
