@@ -262,7 +262,7 @@ from types import ModuleType
 os.environ["TRITON_INTERPRET"] = "1"
 ASKED_FOR = {"", ".gluon", ".gluon.language", ".gluon.language._layouts", ".gluon.language.amd",
              ".gluon.language.amd._layouts", ".gluon.language.nvidia", ".gluon.language.nvidia.blackwell",
-             ".gluon.nvidia", ".gluon.nvidia.hopper", ".gluon.amd", ".gluon.amd.gfx1250"}
+             ".gluon.nvidia", ".gluon.nvidia.hopper", ".gluon.amd", ".gluon.amd.gfx1250", ".gluon.amd.cdna5"}
 
 class Empty(ModuleType):
     __path__ = []

@@ -14,7 +14,6 @@ from qstar.talking import read_grid
 from qstar.wrapping import wrap
 
 REFUSED = {
-    "GPTJ": (dict(n_embd=32, n_layer=1, n_head=4, rotary_dim=4), "AttentionInterface"),
     "GPTNeo": (
         dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
         "AttentionInterface",
