@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 class StopWithCheckpoint(TrainerCallback):
     """Saves a checkpoint and ends the training after the step in which SIGINT (Ctrl-C) or SIGTERM arrives.
 
-    A second such signal does at once what it would do without this.
+    A second such signal does at once what it would do without this. One that is ignored, as a shell's script has it for
+    what it starts in the background, stays ignored.
 
     Attributes:
         received: the signal; 0 for none. Where there are several processes, what any of them received.
@@ -31,6 +32,8 @@ class StopWithCheckpoint(TrainerCallback):
         """Take the signals while the block runs; only the main thread of a process can."""
         if threading.current_thread() is threading.main_thread():
             for each in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(each) == signal.SIG_IGN:
+                    continue
                 handler = signal.signal(each, self._receive)
                 self._before[each] = signal.SIG_DFL if handler is None else handler
         try:

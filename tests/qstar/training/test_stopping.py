@@ -78,6 +78,15 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, monkeypatch):
     assert last_whole_checkpoint(tmp_path) is None
 
 
+def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script; the fixture puts it back
+    steps: list[int] = []
+    told_in_step(monkeypatch, signal.SIGINT, steps, at=2)
+    tiny_train(tmp_path / "run", **OPTIONS)
+    assert steps == [0, 1, 2, 3, 4]
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
 def test_ctrl_c_ends_a_run_without_checkpoints_at_once(tmp_path, monkeypatch):
     told_in_step(monkeypatch, signal.SIGINT, [], at=2)
     with pytest.raises(KeyboardInterrupt):
