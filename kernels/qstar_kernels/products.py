@@ -39,8 +39,8 @@ PRIVATE = (  # what is called here of PyTorch without a promise that it stays
     (torch.cpu, "get_capabilities"),
 )
 LAYERS = (F.linear, torch.addmm)  # what layers call: those of GPT-2 and its like the second
-LEAST_WORK = 2**22  # multiply-adds of a product: with fewer, a call costs about what it saves
 WHOLE_VECTORS = 26  # the first family of AMD's processors that multiply 512 bits at a time
+LEAST_WORK = 2**22  # multiply-adds of a product: with fewer, a call costs about what it saves
 LEAST_SIZE = 8  # rows and columns of its factors: with fewer, the product waits for memory by either library
 
 # Of this thread, or of whatever else runs by itself: a setting of one is none of the others'.
