@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,6 +46,7 @@ class DryRun:
         step_rows: rows in a step, on all processes.
         steps: of the run.
         device: where it ran.
+        stage: that the step was of, from 1: the one with the largest grid; None where the run has no stages.
         seconds: that the step took, the first one, which sets up what later ones find.
         loss: of it.
         grid: tokens in the grid of a batch, at most.
@@ -68,6 +69,7 @@ class DryRun:
     step_rows: int
     steps: int
     device: str
+    stage: int | None
     seconds: float
     loss: float
     grid: int
@@ -98,11 +100,12 @@ class DryRun:
         grid = f"up to {self.grid:,} tokens in a batch, {self.at_once:,} of them read at once"
         if self.largest is not None:
             grid += f"; memory has room for about {self.largest:,} (--max-grid-tokens)"
+        stage = "" if self.stage is None else f", of stage {self.stage}, which has the largest grid"
         lines = {
             "model": f"{self.model}, {self.parameters:,} parameters, {self.learned:,} of which learn",
             "data": f"{rows} of up to {self.seq_length} tokens",
             "run": f"{self.steps:,} steps of {self.step_rows} rows, up to {step_tokens:,} tokens",
-            "first step": f"{self.seconds:.2f} s on {self.device}, loss {self.loss:.4f}",
+            "first step": f"{self.seconds:.2f} s on {self.device}, loss {self.loss:.4f}{stage}",
             "grid": grid,
             "memory": f"{memory}, at most",
             "disk": f"{disk}; {size(self.free)} are free",
@@ -118,7 +121,7 @@ def size(number: int) -> str:
 
 
 def dry_run(**given: Any) -> DryRun:
-    """Take one step of a run, and keep nothing of it.
+    """Take one step of a run, and keep nothing of it; of a curriculum, the first of the stage with the largest grid.
 
     What it needs on the way is in a temporary folder on the disk of the run's, and is removed.
 
@@ -167,6 +170,10 @@ def tried(prepared: Prepared, args: QuietStarArguments, folder: Path) -> DryRun:
         model, args, train_dataset=rows, eval_dataset=prepared.held_out, processing_class=prepared.tokenizer
     )
     trainer.remove_callback(PrinterCallback)
+    stage = None
+    if trainer.curriculum is not None:
+        stage = trainer.curriculum.largest()
+        trainer.curriculum = replace(trainer.curriculum, stages=trainer.curriculum.stages[stage : stage + 1])
     step = OneStep(StepMemory(args.device))
     trainer.add_callback(step)
     loss = trainer.train().training_loss
@@ -187,6 +194,7 @@ def tried(prepared: Prepared, args: QuietStarArguments, folder: Path) -> DryRun:
         step_rows=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         steps=step.steps,
         device=str(args.device),
+        stage=None if stage is None else stage + 1,
         seconds=step.seconds,
         loss=loss,
         grid=grid,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qstar.config import SIZES, check_names, setting_names
+from qstar.grid import ThoughtGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,11 @@ class Curriculum:
         for stage in self.stages:
             stages.append(stage.after(asdict(stages[-1]) if stages else first))
         return Curriculum(tuple(stages))
+
+    def largest(self) -> int:
+        """Which stage, counted from 0, has the most tokens of thoughts at a position; of resolved stages."""
+        sizes = [ThoughtGrid(positions=1, **stage.sizes).slots for stage in self.stages]
+        return sizes.index(max(sizes))
 
     def described(self) -> list[dict[str, Any]]:
         """The stages as JSON can hold them, and :func:`read_stages` takes them."""

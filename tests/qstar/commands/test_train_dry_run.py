@@ -187,7 +187,7 @@ def test_checkpoints_are_counted_with_the_last_and_without_those_beyond_the_limi
 
 
 def test_a_disk_without_room_is_a_problem():
-    numbers = dict(rows=5, seq_length=8, step_rows=2, steps=3000, device="cuda:0", seconds=0.5, loss=2.0)
+    numbers = dict(rows=5, seq_length=8, step_rows=2, steps=3000, device="cuda:0", stage=None, seconds=0.5, loss=2.0)
     numbers |= dict(grid=8640, at_once=4096, largest=123456)
     memory = dict(memory=2**30, gpu_memory=2**31, model_bytes=2**30, checkpoint_bytes=3 * 2**30, folder=Path("run"))
     said = DryRun("GPT2LMHeadModel", 1234567, 1234, **numbers, **memory, checkpoints=2, free=6 * 2**30)
@@ -203,6 +203,18 @@ def test_a_disk_without_room_is_a_problem():
         "problem     the disk has no room for the run: --save-total-limit or --save-only-model saves some",
     ]
     assert (size(2**20 // 2), size(3 * 2**30)) == ("0.50 MiB", "3.00 GiB")
+
+
+def test_of_a_curriculum_the_stage_with_the_largest_grid_is_tried(root, tmp_path):
+    settings = {name: value for name, value in SETTINGS.items() if name not in ("thought_tokens", "num_train_epochs")}
+    named = dict(model=str(root / "model"), dataset=str(root / "train.jsonl"), output_dir=tmp_path / "run")
+    largest = dict(steps=3, thought_tokens=4, rationales=3)
+    stages = [dict(steps=2, thought_tokens=1), largest, dict(steps=2, thought_tokens=5, rationales=1)]
+    said = dry_run(**settings, **named, stages=stages)
+    assert (said.stage, said.steps, said.grid) == (2, 7, 2 * (8 + 8 * 3 * 6))
+    assert ", of stage 2, which has the largest grid" in str(said).splitlines()[3]
+    assert said.loss == dry_run(**settings, **named, stages=[largest]).loss
+    assert said.loss != dry_run(**settings, **named, stages=stages[:1]).loss
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
