@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from qstar.generation.cache import ThinkingCache
 from qstar.generation.model import GeneratingModel
-from qstar.generation.naming import CACHE, OLD_NAME, by_its_name
+from qstar.generation.naming import CACHE, NAMES, by_its_name
 
 
 class ThinkingModel(GeneratingModel):
@@ -45,9 +45,9 @@ def _forward_with_thoughts(base_forward: Callable[..., Any]) -> Callable[..., An
     def forward(self: ThinkingModel, *args: Any, objective: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         if objective is not None:
             return objective(self, *args, **kwargs)
-        cache = kwargs.get(CACHE, kwargs.get(OLD_NAME))
-        if isinstance(cache, ThinkingCache):
-            return cache.answer(*args, **by_its_name(kwargs))
+        if any(isinstance(kwargs.get(name), ThinkingCache) for name in NAMES):
+            kwargs = by_its_name(kwargs)
+            return kwargs[CACHE].answer(*args, **kwargs)
         return base_forward(self, *args, **kwargs)
 
     return forward

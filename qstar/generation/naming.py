@@ -6,18 +6,18 @@ from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-OLD_NAME = "past_key_values"  # which every version takes
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else OLD_NAME
+NAMES = ("cache", "past_key_values", "cache_params")  # that it has or had in arguments of ``generate``
+CACHE = next(name for name in NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)  # in this version
 
 
 def by_its_name(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of ``generate`` or of a pass with the cache, if there is one, as ``CACHE``.
+    """Arguments of ``generate`` or of a pass in which the cache, if one is given, has the name of this version.
 
     Raises:
-        ValueError: it is given by both names.
+        ValueError: one is given by each of two names.
     """
-    if OLD_NAME == CACHE or OLD_NAME not in arguments:
-        return arguments
-    if CACHE in arguments:
-        raise ValueError(f"{CACHE} and {OLD_NAME} are both given, but they are one: {OLD_NAME} is its older name")
-    return {CACHE if name == OLD_NAME else name: value for name, value in arguments.items()}
+    given = [name for name in NAMES if arguments.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{given[0]} and {given[1]} are both given, but they are names of one thing: give one of them")
+    rest = {name: value for name, value in arguments.items() if name not in NAMES}
+    return rest | {CACHE: arguments[given[0]]} if given else rest

@@ -35,7 +35,7 @@ MIB, GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class DryRun:
-    """What the first step of a run took, and what the run would take.
+    """What a step of a run took, and what the run would take.
 
     Attributes:
         model: the name of its class.
@@ -46,7 +46,7 @@ class DryRun:
         step_rows: rows in a step, on all processes.
         steps: of the run.
         device: where it ran.
-        stage: that the step was of, from 1: the one with the largest grid; None where the run has no stages.
+        stage: that the step was of, from 1: the one that takes most; None where the run has no stages.
         seconds: that the step took, the first one, which sets up what later ones find.
         loss: of it.
         grid: tokens in the grid of a batch, at most.
@@ -100,12 +100,13 @@ class DryRun:
         grid = f"up to {self.grid:,} tokens in a batch, {self.at_once:,} of them read at once"
         if self.largest is not None:
             grid += f"; memory has room for about {self.largest:,} (--max-grid-tokens)"
-        stage = "" if self.stage is None else f", of stage {self.stage}, which has the largest grid"
         lines = {
             "model": f"{self.model}, {self.parameters:,} parameters, {self.learned:,} of which learn",
             "data": f"{rows} of up to {self.seq_length} tokens",
             "run": f"{self.steps:,} steps of {self.step_rows} rows, up to {step_tokens:,} tokens",
-            "first step": f"{self.seconds:.2f} s on {self.device}, loss {self.loss:.4f}{stage}",
+            "first step" if self.stage is None else f"stage {self.stage}": (
+                f"{self.seconds:.2f} s on {self.device}, loss {self.loss:.4f}"
+            ),
             "grid": grid,
             "memory": f"{memory}, at most",
             "disk": f"{disk}; {size(self.free)} are free",
@@ -121,7 +122,7 @@ def size(number: int) -> str:
 
 
 def dry_run(**given: Any) -> DryRun:
-    """Take one step of a run, and keep nothing of it; of a curriculum, the first of the stage with the largest grid.
+    """Take one step of a run, and keep nothing of it; of a curriculum, the first of the stage that takes most.
 
     What it needs on the way is in a temporary folder on the disk of the run's, and is removed.
 
@@ -161,7 +162,7 @@ def folder_of(output_dir: str | Path | None) -> Path:
 
 
 def tried(prepared: Prepared, args: QuietStarArguments, folder: Path) -> DryRun:
-    """Take the first step of a run that would write into ``folder``."""
+    """Take a step of a run that would write into ``folder``, see :func:`dry_run`."""
     model, rows = prepared.model, prepared.rows
     if args.device.type == "cpu":
         keep_freed_memory()

@@ -93,8 +93,11 @@ class Curriculum:
         return Curriculum(tuple(stages))
 
     def largest(self) -> int:
-        """Which stage, counted from 0, has the most tokens of thoughts at a position; of resolved stages."""
-        sizes = [ThoughtGrid(positions=1, **stage.sizes).slots for stage in self.stages]
+        """Which stage, counted from 0, takes most to compute: of resolved stages the first with the largest grid.
+
+        Stages that distil learn from one slot of a position, and are asked last.
+        """
+        sizes = [(not stage.distil, ThoughtGrid(positions=1, **stage.sizes).slots) for stage in self.stages]
         return sizes.index(max(sizes))
 
     def described(self) -> list[dict[str, Any]]:

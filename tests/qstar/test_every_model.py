@@ -58,6 +58,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 def accepted(model_type: str) -> QuietStarModel | None:
     """The model that thinks, as it was initialized; None where it is refused in the words of docs/models.md."""
+    assert model_type in documented(), f"docs/models.md does not say whether {model_type} thinks"
     said = documented()[model_type]
     try:
         model = every_model.fresh_model(model_type)

@@ -63,6 +63,8 @@ BY_HAND: dict[str, dict] = {
         activation_sparsity_pattern=[0.95, 0.0] * 2,
     ),
     "gemma4_text": dict(hidden_size_per_layer_input=4),
+    "codegen": dict(rotary_dim=4),
+    "gptj": dict(rotary_dim=4),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "lfm2": dict(layer_types=["conv", "full_attention"], num_hidden_layers=2),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),

@@ -209,10 +209,10 @@ def test_of_a_curriculum_the_stage_with_the_largest_grid_is_tried(root, tmp_path
     settings = {name: value for name, value in SETTINGS.items() if name not in ("thought_tokens", "num_train_epochs")}
     named = dict(model=str(root / "model"), dataset=str(root / "train.jsonl"), output_dir=tmp_path / "run")
     largest = dict(steps=3, thought_tokens=4, rationales=3)
-    stages = [dict(steps=2, thought_tokens=1), largest, dict(steps=2, thought_tokens=5, rationales=1)]
+    stages = [dict(steps=2, thought_tokens=1), largest, dict(steps=2, thought_tokens=6, distil=True)]
     said = dry_run(**settings, **named, stages=stages)
     assert (said.stage, said.steps, said.grid) == (2, 7, 2 * (8 + 8 * 3 * 6))
-    assert ", of stage 2, which has the largest grid" in str(said).splitlines()[3]
+    assert str(said).splitlines()[3].startswith("stage 2     ")
     assert said.loss == dry_run(**settings, **named, stages=[largest]).loss
     assert said.loss != dry_run(**settings, **named, stages=stages[:1]).loss
 

@@ -7,11 +7,11 @@ import torch
 from spoken import generate, opinionated
 
 from qstar.generation import naming
-from qstar.generation.naming import CACHE, OLD_NAME, by_its_name
+from qstar.generation.naming import CACHE, NAMES, by_its_name
 
 
-@pytest.mark.parametrize("name", sorted({CACHE, OLD_NAME}))
-def test_generation_goes_on_from_a_cache_by_either_name(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_generation_goes_on_from_a_cache_by_any_name(name):
     model, prompt = opinionated("llama"), torch.tensor([[5, 9, 4, 7]])
     whole = generate(model, prompt, max_new_tokens=6).sequences
     first = generate(model, prompt, max_new_tokens=3)
@@ -22,15 +22,28 @@ def test_generation_goes_on_from_a_cache_by_either_name(name):
     assert gone_on.thinking.passes < afresh.thinking.passes
 
 
-@pytest.mark.parametrize("name", ["cache", OLD_NAME])
-def test_the_name_is_that_of_the_version(monkeypatch, name):
-    monkeypatch.setattr(naming, "CACHE", name)
-    given = {"max_new_tokens": 3, OLD_NAME: "a cache"}
-    assert by_its_name(given) == {"max_new_tokens": 3, name: "a cache"}
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pass_of_ones_own_with_such_a_cache_is_refused_by_any_name(name):
+    model, prompt = opinionated("llama"), torch.tensor([[5, 9, 4, 7]])
+    cache = generate(model, prompt, max_new_tokens=3)[CACHE]
+    with pytest.raises(
+        ValueError, match=rf"{CACHE} is a ThinkingCache, which model.generate\(think=True\) reads alone"
+    ):
+        model(prompt, **{name: cache})
+
+
+@pytest.mark.parametrize("version", NAMES[:2])
+def test_the_name_is_that_of_the_version(monkeypatch, version):
+    monkeypatch.setattr(naming, "CACHE", version)
+    for name in NAMES:
+        assert by_its_name({"max_new_tokens": 3, name: "a cache"}) == {"max_new_tokens": 3, version: "a cache"}
     assert by_its_name({"max_new_tokens": 3}) == {"max_new_tokens": 3}
+    assert by_its_name(dict.fromkeys(NAMES) | {"cache": "a cache"}) == {version: "a cache"}
+    with pytest.raises(ValueError, match="cache and past_key_values are both given, but they are names of one thing"):
+        by_its_name({"cache": "a cache", "past_key_values": "another"})
 
 
-def test_both_names_are_refused(monkeypatch):
-    monkeypatch.setattr(naming, "CACHE", "cache")
-    with pytest.raises(ValueError, match="cache and past_key_values are both given, but they are one"):
-        by_its_name({"cache": None, OLD_NAME: None})
+def test_generate_is_told_that_the_cache_holds_its_text():
+    """As transformers asks from 5.24 on, before it leaves out what has been read."""
+    cache = generate(opinionated("llama"), torch.tensor([[5, 9, 4, 7]]), max_new_tokens=3)[CACHE]
+    assert not all(cache.is_linear)

@@ -257,3 +257,19 @@ def test_stages_change_what_a_trainer_of_ones_own_takes(tmp_path):
     args = QuietStarArguments(str(tmp_path), stages=[dict(steps=1), dict(steps=1, thought_tokens=2)], **QUIET)
     QuietStarTrainer(model, args, train_dataset=rows).train()
     assert model.qstar.thought_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ([dict(), dict(thought_tokens=9), dict(thought_tokens=2)], 1),
+        ([dict(), dict(rationales=3, thought_tokens=1)], 0),  # 2 * 6 tokens and 3 * 3
+        ([dict(), dict(rationales=4, thought_tokens=1)], 0),  # as many: the first
+        ([dict(), dict(ahead_tokens=3), dict(distil=True, thought_tokens=99)], 1),
+        ([dict(distil=True), dict()], 1),
+        ([dict(distil=True), dict(distil=True, ahead_tokens=2)], 1),
+    ],
+)
+def test_the_stage_that_takes_most_is_found(stages, expected):
+    first = dict(thought_tokens=4, ahead_tokens=1, rationales=2, learning_rate=1e-3)
+    assert read_stages([dict(steps=1) | stage for stage in stages]).resolved(**first).largest() == expected
