@@ -14,6 +14,7 @@ from qstar.talking import read_grid
 from qstar.wrapping import wrap
 
 REFUSED = {
+    "Falcon": (dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4), "AttentionInterface"),
     "GPTNeo": (
         dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
         "AttentionInterface",

@@ -50,6 +50,7 @@ PLAIN_ROPE = dict(rope_type="default", rope_theta=1e4)
 # What the names do not tell: sizes that depend on each other, and layers of published models that no default has.
 BY_HAND: dict[str, dict] = {
     "blt": dict(encoder_hash_byte_group_vocab=VOCABULARY),
+    "codegen": dict(rotary_dim=4),
     "cohere_compass_text": dict(
         layer_types=["full_attention", "sliding_attention"],
         rope_parameters=dict(full_attention=PLAIN_ROPE, sliding_attention=PLAIN_ROPE),
@@ -63,9 +64,8 @@ BY_HAND: dict[str, dict] = {
         activation_sparsity_pattern=[0.95, 0.0] * 2,
     ),
     "gemma4_text": dict(hidden_size_per_layer_input=4),
-    "codegen": dict(rotary_dim=4),
-    "gptj": dict(rotary_dim=4),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
+    "gptj": dict(rotary_dim=4),
     "lfm2": dict(layer_types=["conv", "full_attention"], num_hidden_layers=2),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "longcat_flash": dict(qk_head_dim=16),
@@ -140,7 +140,7 @@ def fresh_model(model_type: str) -> PreTrainedModel:
         raise ValueError(f"{model_type} has {count} parameters")
     torch.manual_seed(0)
     model = model_class(config).eval()
-    if getattr(config, "attn_logit_softcapping", None):
+    if model_type == "gemma2":
         model.set_attn_implementation("eager")  # sdpa, which transformers 5.17 takes for Gemma 2, has no soft-cap
     return model
 
