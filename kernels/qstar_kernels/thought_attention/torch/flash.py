@@ -23,6 +23,8 @@ CUDA_GRID = 65535
 CUDA_OFFSETS = 2**31  # values of the float32 sums of query gradients that torch's backward can address at one time
 LARGE_TILES = 768  # rows from which flash on a CPU takes its largest tiles
 
+Results = tuple[Tensor, Tensor]  # out [..., D] and lse [...]
+
 
 def expressible(q: Tensor, v: Tensor, rules: Rules) -> bool:
     """Whether torch's flash attention computes this."""
@@ -125,10 +127,9 @@ def text_blocks(q: Tensor, k: Tensor, at: Tensor | None) -> Iterator[tuple[int, 
         yield start, stop, mask[None, None, : (stop - start) * width, skipped : skipped + before + stop]
 
 
-def attend_text_by_slot(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
-    """Fill out and lse with those of the text keys k, v [B, Hkv, N, D], every slot a head of its own."""
-    for x, part in zip((out, lse), flash(by_slot(q), k, v, scale), strict=True):
-        x.copy_(part.unflatten(1, (q.shape[1], q.shape[3])).transpose(2, 3))
+def text_by_slot(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Tensor]:
+    """out [B, Hq, N, C, D] and lse [B, Hq, N, C] of the text keys k, v [B, Hkv, N, D], every slot a head of its own."""
+    return [x.unflatten(1, (q.shape[1], q.shape[3])).transpose(2, 3) for x in flash(by_slot(q), k, v, scale)]
 
 
 def attend_text_by_block(q: Tensor, k: Tensor, v: Tensor, rules: Rules, out: Tensor, lse: Tensor) -> None:
@@ -147,7 +148,8 @@ def attend_text_by_block(q: Tensor, k: Tensor, v: Tensor, rules: Rules, out: Ten
 def attend_text(q: Tensor, k: Tensor, v: Tensor, rules: Rules, out: Tensor, lse: Tensor) -> None:
     """Fill out and lse with those of the text keys k, v [B, Hkv, N, D]."""
     if q.device.type != "cpu":
-        attend_text_by_slot(q, k, v, rules.scale, out, lse)
+        for x, part in zip((out, lse), text_by_slot(q, k, v, rules.scale), strict=True):
+            x.copy_(part)
     else:
         attend_text_by_block(q, k, v, rules, out, lse)
 
@@ -229,7 +231,8 @@ def attend_slots(
     attend_text(q, k_text, v_text, rules, out, lse)
     for here in own_slots:
         for at, mine, mine_lse in attend_own(*(x[:, :, :, here] for x in (q, k, v)), rules.scale):
-            merge(out[:, :, at, here], lse[:, :, at, here], mine.to(lse.dtype), mine_lse)
+            so_far = out[:, :, at, here], lse[:, :, at, here]
+            merge(so_far, so_far, (mine.to(lse.dtype), mine_lse))
     if rules.sinks is not None:
         add_sinks(out, lse, rules.sinks)
     if out is not rounded:
@@ -241,16 +244,17 @@ def attend_step(q, k_text, v_text, k_own, v_own, rules: Rules, out: Tensor, lse:
 
     The queries stand at all positions, or at given ones.
     """
-    rounded, out = out, accumulator(out, lse)
-    if rules.positions is None:
-        attend_text_by_slot(q, k_text, v_text, rules.scale, out, lse)
-    else:
-        attend_text_by_block(q, k_text, v_text, rules, out, lse)
     kv_heads = k_text.shape[1]
-    scores = (grouped(q, kv_heads).to(lse.dtype) * rules.scale) @ k_own.to(lse.dtype).mT
+    scores = (grouped(q, kv_heads).to(lse.dtype) @ k_own.to(lse.dtype).mT).mul_(rules.scale)
     mine_lse = scores.logsumexp(dim=-1)
     mine = scores.sub_(mine_lse[..., None]).exp_() @ v_own.to(lse.dtype)
-    merge(grouped(out, kv_heads), grouped(lse[..., None], kv_heads)[..., 0], mine, mine_lse)
+    rounded, out = out, accumulator(out, lse)
+    if rules.positions is None:
+        text, text_lse = text_by_slot(q, k_text, v_text, rules.scale)
+    else:
+        text, text_lse = out, lse
+        attend_text_by_block(q, k_text, v_text, rules, out, lse)
+    merge(*(by_group(kv_heads, *x) for x in ((out, lse), (text.to(lse.dtype), text_lse))), (mine, mine_lse))
     if rules.sinks is not None:
         add_sinks(out, lse, rules.sinks)
     if out is not rounded:
@@ -262,10 +266,16 @@ def accumulator(x: Tensor, lse: Tensor) -> Tensor:
     return x if x.dtype == lse.dtype else torch.empty_like(x, dtype=lse.dtype)
 
 
-def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Add a part's keys to out [..., D] and lse [...], all of one dtype."""
-    out.lerp_(part, torch.sigmoid(part_lse - lse)[..., None])
-    lse.copy_(torch.logaddexp(lse, part_lse))
+def by_group(kv_heads: int, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, N, C, D] and lse [B, Hq, N, C] as views [B, Hkv, N, C, G, D] and [B, Hkv, N, C, G]."""
+    return grouped(out, kv_heads), grouped(lse[..., None], kv_heads)[..., 0]
+
+
+def merge(total: Results, one: Results, other: Results) -> None:
+    """Fill ``total`` with what two parts of the keys make together, all of one dtype; it may be one of them."""
+    (out, lse), (one_out, one_lse), (other_out, other_lse) = total, one, other
+    torch.lerp(one_out, other_out, torch.sigmoid(other_lse - one_lse)[..., None], out=out)
+    torch.logaddexp(one_lse, other_lse, out=lse)
 
 
 def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
