@@ -252,9 +252,10 @@ def attend_step(q, k_text, v_text, k_own, v_own, rules: Rules, out: Tensor, lse:
     if rules.positions is None:
         text, text_lse = text_by_slot(q, k_text, v_text, rules.scale)
     else:
-        text, text_lse = out, lse
         attend_text_by_block(q, k_text, v_text, rules, out, lse)
-    merge(*(by_group(kv_heads, *x) for x in ((out, lse), (text.to(lse.dtype), text_lse))), (mine, mine_lse))
+        text, text_lse = out, lse
+    whole = by_group(kv_heads, out, lse)
+    merge(whole, by_group(kv_heads, text.to(lse.dtype), text_lse), (mine, mine_lse))
     if rules.sinks is not None:
         add_sinks(out, lse, rules.sinks)
     if out is not rounded:
@@ -266,7 +267,7 @@ def accumulator(x: Tensor, lse: Tensor) -> Tensor:
     return x if x.dtype == lse.dtype else torch.empty_like(x, dtype=lse.dtype)
 
 
-def by_group(kv_heads: int, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def by_group(kv_heads: int, out: Tensor, lse: Tensor) -> Results:
     """out [B, Hq, N, C, D] and lse [B, Hq, N, C] as views [B, Hkv, N, C, G, D] and [B, Hkv, N, C, G]."""
     return grouped(out, kv_heads), grouped(lse[..., None], kv_heads)[..., 0]
 
